@@ -1,0 +1,47 @@
+// The CPU kernels and the parts they share. A kernel is a driver, which splits the work over
+// threads, and an inner function for one instruction set. backend.cpp joins the two.
+#pragma once
+
+#include <cstdint>
+
+#include "qlora_native/dequantize.h"
+#include "qlora_native/matmul.h"
+#include "qlora_native/quantize.h"
+
+namespace qlora_native::cpu {
+
+// ---- quantize ----
+
+/// Writes the codes of blocks [first, last) to args.output.packed and their absmax to absmax[first..last).
+using EncodeBlocksFn = void (*)(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);
+void encode_blocks_scalar(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);
+void encode_blocks_avx2(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);
+void encode_blocks_avx512(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);
+
+int64_t quantize_workspace_bytes(const QuantizeArgs& args);
+void run_quantize(const QuantizeArgs& args, Workspace workspace, EncodeBlocksFn encode);
+
+/// Offset, absmax2 and codes of absmax[0..blocks), see quantize_4bit. `partials` holds one double for
+/// each group.
+void double_quantize(const float* absmax, int64_t blocks, const float* pinned_offset,
+                     const MutableAbsmax& out, double* partials);
+
+// ---- dequantize ----
+
+/// Decodes blocks [first, last) to args.output.
+using DecodeBlocksFn = void (*)(const DequantizeArgs& args, int64_t first, int64_t last);
+void decode_blocks_scalar(const DequantizeArgs& args, int64_t first, int64_t last);
+void decode_blocks_avx2(const DequantizeArgs& args, int64_t first, int64_t last);
+void decode_blocks_avx512(const DequantizeArgs& args, int64_t first, int64_t last);
+
+void run_dequantize(const DequantizeArgs& args, DecodeBlocksFn decode);
+
+/// Decodes elements [begin, begin + count) of the weight to fp32. The reference of every other decoder.
+void decode_elements(const QuantizedView& weight, int64_t begin, int64_t count, float* out);
+
+// ---- matmul, reference ----
+
+void matmul_scalar(const MatmulArgs& args);
+void matmul_transposed_scalar(const MatmulTransposedArgs& args);
+
+}  // namespace qlora_native::cpu
