@@ -1,0 +1,28 @@
+# Decides whether the CUDA backend is built, and turns QLORA_NATIVE_CUDA into QLORA_NATIVE_WITH_CUDA.
+string(TOUPPER "${QLORA_NATIVE_CUDA}" QLORA_NATIVE_CUDA)
+set(QLORA_NATIVE_WITH_CUDA OFF)
+if(NOT QLORA_NATIVE_CUDA STREQUAL "OFF")
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES ${QLORA_NATIVE_CUDA_ARCHITECTURES})
+  endif()
+  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX} AND EXISTS /usr/local/cuda/bin/nvcc)
+    set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
+  endif()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
+      message(FATAL_ERROR "qlora_native needs nvcc 12.4 or newer; ${CMAKE_CUDA_COMPILER} is "
+                          "${CMAKE_CUDA_COMPILER_VERSION}. Configure with -DQLORA_NATIVE_CUDA=OFF "
+                          "for a CPU-only build.")
+    endif()
+    find_package(CUDAToolkit REQUIRED)
+    set(QLORA_NATIVE_WITH_CUDA ON)
+  elseif(QLORA_NATIVE_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "QLORA_NATIVE_CUDA=ON, but no CUDA compiler was found. Install the CUDA "
+                        "toolkit (nvcc), put it on PATH or name it in CUDACXX, or configure with "
+                        "-DQLORA_NATIVE_CUDA=OFF for a CPU-only build.")
+  endif()
+endif()
+message(STATUS "qlora_native ${PROJECT_VERSION}: CUDA backend ${QLORA_NATIVE_WITH_CUDA}")

@@ -1,0 +1,52 @@
+// The kernels behind each operation: list them, ask which one would run, force one.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "qlora_native/dequantize.h"
+#include "qlora_native/device.h"
+#include "qlora_native/export.h"
+#include "qlora_native/matmul.h"
+#include "qlora_native/quantize.h"
+
+namespace qlora_native {
+
+enum class Op : int32_t { kQuantize4bit = 0, kDequantize4bit, kMatmul4bit, kMatmul4bitTransposed };
+inline constexpr Op kAllOps[] = {Op::kQuantize4bit, Op::kDequantize4bit, Op::kMatmul4bit,
+                                 Op::kMatmul4bitTransposed};
+
+/// "quantize_4bit", "dequantize_4bit", "matmul_4bit", "matmul_4bit_transposed".
+QN_API const char* name(Op op);
+
+struct KernelInfo {
+  Op op;
+  DeviceType device;
+  std::string name;     ///< e.g. "avx512"; unique within an op and a device type
+  bool usable = false;  ///< whether this machine's hardware can run it at all
+  std::string why_not;  ///< when not usable
+};
+
+/// Every kernel of this build, in the order in which they are tried. Never throws for lack of a GPU.
+QN_API std::vector<KernelInfo> list_kernels();
+
+/// From now on, on the calling thread, `op` on devices of type `device` runs the kernel `kernel_name`
+/// or throws Unsupported; an empty name restores the automatic choice.
+/// Throws InvalidArgument, listing the kernels there are, when there is none of that name.
+QN_API void force_kernel(Op op, DeviceType device, const std::string& kernel_name);
+
+/// The name in force, "" for the automatic choice.
+QN_API std::string forced_kernel(Op op, DeviceType device);
+
+/// The kernel that the calling thread's last call of `op` ran, "" before the first.
+QN_API std::string last_kernel(Op op);
+
+/// The kernel that the operation would run for these arguments on the calling thread. Reads no array.
+/// Throws as the operation does.
+QN_API std::string selected_kernel(const QuantizeArgs& args);
+QN_API std::string selected_kernel(const DequantizeArgs& args);
+QN_API std::string selected_kernel(const MatmulArgs& args);
+QN_API std::string selected_kernel(const MatmulTransposedArgs& args);
+
+}  // namespace qlora_native

@@ -1,0 +1,67 @@
+// What a device type brings: its kernels and its devices. The operations see backends only through this.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernel_table.h"
+#include "qlora_native/dequantize.h"
+#include "qlora_native/device.h"
+#include "qlora_native/kernels.h"
+#include "qlora_native/matmul.h"
+#include "qlora_native/quantize.h"
+
+namespace qlora_native {
+
+struct Backend {
+  DeviceType type;
+  KernelTable<QuantizeArgs> quantize;
+  KernelTable<DequantizeArgs> dequantize;
+  KernelTable<MatmulArgs> matmul;
+  KernelTable<MatmulTransposedArgs> matmul_transposed;
+  /// The usable devices of this type; empty when there is none. Does not throw.
+  std::vector<DeviceInfo> (*list_devices)();
+  /// Why `list_devices` is empty, or "".
+  std::string (*unavailable_reason)();
+};
+
+/// Defined in registry.cpp, the one file that names the backends.
+const Backend& backend_for(DeviceType type);
+
+namespace cpu {
+const Backend& backend();
+}
+namespace cuda {
+/// From cuda/backend.cpp, or from no_cuda/backend.cpp in a build without CUDA.
+const Backend& backend();
+}  // namespace cuda
+
+/// Picks the table of an operation from a backend by the type of its arguments.
+template <class Args>
+struct OpTraits;
+template <>
+struct OpTraits<QuantizeArgs> {
+  static constexpr Op kOp = Op::kQuantize4bit;
+  static constexpr auto kTable = &Backend::quantize;
+  static Device device(const QuantizeArgs& args) { return args.output.device; }
+};
+template <>
+struct OpTraits<DequantizeArgs> {
+  static constexpr Op kOp = Op::kDequantize4bit;
+  static constexpr auto kTable = &Backend::dequantize;
+  static Device device(const DequantizeArgs& args) { return args.weight.device; }
+};
+template <>
+struct OpTraits<MatmulArgs> {
+  static constexpr Op kOp = Op::kMatmul4bit;
+  static constexpr auto kTable = &Backend::matmul;
+  static Device device(const MatmulArgs& args) { return args.weight.device; }
+};
+template <>
+struct OpTraits<MatmulTransposedArgs> {
+  static constexpr Op kOp = Op::kMatmul4bitTransposed;
+  static constexpr auto kTable = &Backend::matmul_transposed;
+  static Device device(const MatmulTransposedArgs& args) { return args.weight.device; }
+};
+
+}  // namespace qlora_native

@@ -1,0 +1,160 @@
+#include "validate.h"
+
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <string>
+
+#include "qlora_native/error.h"
+
+namespace qlora_native {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw InvalidArgument(message.str());
+}
+
+void check_dtype(const char* op, const char* what, DType dtype) {
+  const auto code = static_cast<int32_t>(dtype);
+  if (code < 0 || code > static_cast<int32_t>(DType::kBFloat16)) {
+    fail(op, ": ", what, " has an unknown dtype code ", code);
+  }
+}
+
+void check_device(const char* op, const char* what, Device device, Device expected) {
+  if (device != expected) {
+    fail(op, ": ", what, " is on ", to_string(device), ", the 4-bit weight on ", to_string(expected));
+  }
+}
+
+void check_pointer(const char* op, const char* what, const void* data, int64_t size) {
+  if (data == nullptr && size > 0) fail(op, ": ", what, " is null but has ", size, " elements");
+}
+
+void check_vector(const char* op, const char* what, const VectorView& view, int64_t size, Device device) {
+  check_dtype(op, what, view.dtype);
+  if (view.size != size) fail(op, ": ", what, " has ", view.size, " elements, expected ", size);
+  check_device(op, what, view.device, device);
+  check_pointer(op, what, view.data, size);
+}
+
+void check_matrix(const char* op, const char* what, const MatrixView& view, Device device) {
+  check_dtype(op, what, view.dtype);
+  if (view.rows < 0 || view.cols < 0) fail(op, ": ", what, " is ", view.rows, " x ", view.cols);
+  if (view.row_stride < view.cols) {
+    fail(op, ": ", what, " has row stride ", view.row_stride, ", less than its ", view.cols, " columns");
+  }
+  check_device(op, what, view.device, device);
+  check_pointer(op, what, view.data, view.rows * view.cols);
+}
+
+MatrixView as_const(const MutableMatrixView& view) {
+  return {view.data, view.rows, view.cols, view.row_stride, view.dtype, view.device};
+}
+
+void check_codebook(const char* op, const Codebook& book) {
+  const auto code = static_cast<int32_t>(book.type);
+  if (code < 0 || code > static_cast<int32_t>(QuantType::kCustom)) {
+    fail(op, ": unknown quant_type code ", code);
+  }
+  if (book.type != QuantType::kCustom) return;
+  for (int i = 0; i < 16; ++i) {
+    if (!std::isfinite(book.values[i])) fail(op, ": codebook value ", i, " is ", book.values[i]);
+    if (i > 0 && !(book.values[i - 1] < book.values[i])) {
+      fail(op, ": codebook values must ascend, but value ", i - 1, " is ", book.values[i - 1],
+           " and value ", i, " is ", book.values[i]);
+    }
+  }
+}
+
+/// The rules common to a weight that is read and one that is written.
+template <class View>
+void check_quantized(const char* op, const View& weight) {
+  if (weight.rows < 0 || weight.cols < 0) fail(op, ": the weight is ", weight.rows, " x ", weight.cols);
+  if (weight.cols > 0 && weight.rows > std::numeric_limits<int64_t>::max() / 8 / weight.cols) {
+    fail(op, ": the weight's ", weight.rows, " x ", weight.cols, " elements overflow 64 bits");
+  }
+  if (!is_valid_block_size(weight.block_size)) {
+    fail(op, ": block_size ", weight.block_size, " is not a power of two from ", kMinBlockSize, " to ",
+         kMaxBlockSize);
+  }
+  check_codebook(op, weight.codebook);
+  const int64_t numel = weight.numel();
+  check_pointer(op, "the packed weight", weight.packed, numel);
+  const int64_t blocks = num_blocks(numel, weight.block_size);
+  if (weight.absmax.is_double_quantized()) {
+    if (weight.absmax.values != nullptr) {
+      fail(op, ": absmax is given both as fp32 values and as 8-bit codes");
+    }
+    check_pointer(op, "absmax2", weight.absmax.absmax2, num_groups(blocks));
+    check_pointer(op, "the offset of the double quantization", weight.absmax.offset, blocks);
+  } else {
+    check_pointer(op, "absmax", weight.absmax.values, blocks);
+  }
+}
+
+}  // namespace
+
+void validate(const QuantizeArgs& args) {
+  constexpr const char* kOp = "quantize_4bit";
+  check_quantized(kOp, args.output);
+  check_vector(kOp, "the input", args.input, args.output.numel(), args.output.device);
+  if (args.pinned_offset != nullptr && !args.output.absmax.is_double_quantized()) {
+    fail(kOp, ": an offset is given, but double quantization is off");
+  }
+}
+
+void validate(const DequantizeArgs& args) {
+  constexpr const char* kOp = "dequantize_4bit";
+  check_quantized(kOp, args.weight);
+  const MutableVectorView& out = args.output;
+  check_vector(kOp, "the output", {out.data, out.size, out.dtype, out.device}, args.weight.numel(),
+               args.weight.device);
+}
+
+void validate(const MatmulArgs& args) {
+  constexpr const char* kOp = "matmul_4bit";
+  const QuantizedView& w = args.weight;
+  check_quantized(kOp, w);
+  check_matrix(kOp, "x", args.x, w.device);
+  check_matrix(kOp, "y", as_const(args.y), w.device);
+  if (args.x.cols != w.cols) {
+    fail(kOp, ": x is ", args.x.rows, " x ", args.x.cols, " but the weight is ", w.rows, " x ", w.cols,
+         ": K = ", args.x.cols, " and K = ", w.cols, " differ");
+  }
+  if (args.y.rows != args.x.rows || args.y.cols != w.rows) {
+    fail(kOp, ": y is ", args.y.rows, " x ", args.y.cols, ", expected ", args.x.rows, " x ", w.rows);
+  }
+  if (args.y.dtype != args.x.dtype) {
+    fail(kOp, ": x is ", name(args.x.dtype), " but y is ", name(args.y.dtype));
+  }
+  if (args.bias.data != nullptr) {
+    check_vector(kOp, "the bias", args.bias, w.rows, w.device);
+    if (args.bias.dtype != args.x.dtype) {
+      fail(kOp, ": x is ", name(args.x.dtype), " but the bias is ", name(args.bias.dtype));
+    }
+  }
+}
+
+void validate(const MatmulTransposedArgs& args) {
+  constexpr const char* kOp = "matmul_4bit_transposed";
+  const QuantizedView& w = args.weight;
+  check_quantized(kOp, w);
+  check_matrix(kOp, "dy", args.dy, w.device);
+  check_matrix(kOp, "dx", as_const(args.dx), w.device);
+  if (args.dy.cols != w.rows) {
+    fail(kOp, ": dy is ", args.dy.rows, " x ", args.dy.cols, " but the weight is ", w.rows, " x ", w.cols,
+         ": N = ", args.dy.cols, " and N = ", w.rows, " differ");
+  }
+  if (args.dx.rows != args.dy.rows || args.dx.cols != w.cols) {
+    fail(kOp, ": dx is ", args.dx.rows, " x ", args.dx.cols, ", expected ", args.dy.rows, " x ", w.cols);
+  }
+  if (args.dx.dtype != args.dy.dtype) {
+    fail(kOp, ": dy is ", name(args.dy.dtype), " but dx is ", name(args.dx.dtype));
+  }
+}
+
+}  // namespace qlora_native

@@ -1,0 +1,34 @@
+"""Fine-tune large language models in 4 bits: NF4 quantization and QLoRA for PyTorch, on CPU and CUDA."""
+
+from __future__ import annotations
+
+from qlora_native import kernels
+from qlora_native._C import CudaError, __version__, cuda_unavailable_reason, list_devices
+from qlora_native.functional import (
+    QUANT_TYPES,
+    QuantizedTensor,
+    dequantize_4bit,
+    linear_4bit,
+    quantize_4bit,
+)
+
+__all__ = [
+    "QUANT_TYPES",
+    "CudaError",
+    "QuantizedTensor",
+    "__version__",
+    "build_info",
+    "cuda_unavailable_reason",
+    "dequantize_4bit",
+    "kernels",
+    "linear_4bit",
+    "list_devices",
+    "quantize_4bit",
+]
+
+
+def build_info() -> dict[str, str]:
+    """Return how the core was built: version, compiler, cuda_toolkit and cuda_architectures."""
+    from qlora_native import _C
+
+    return dict(_C.build_info)

@@ -1,0 +1,416 @@
+"""The torch operators: schemas, kernels for CPU and CUDA, fakes. The only user of torch.library.
+
+Autograd is outside, in `functional`: an operator without an autograd kernel costs a quarter of one
+with it, and passes opcheck, compiles and exports all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from qlora_native import _C, _checks
+
+_WEIGHT = (
+    "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
+    "SymInt[] shape, int block_size, str quant_type, float[]? codebook"
+)
+_LIBRARY = torch.library.Library("qlora_native", "DEF")
+_LIBRARY.define(
+    "quantize_4bit(Tensor input, str quant_type, int block_size, bool double_quant, "
+    "float[]? codebook, Tensor? offset) "
+    "-> (Tensor packed, Tensor absmax, Tensor absmax2, Tensor offset)"
+)
+_LIBRARY.define(f"dequantize_4bit({_WEIGHT}, ScalarType dtype) -> Tensor")
+_LIBRARY.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
+_LIBRARY.define(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor")
+
+_DENSE_PANEL_BYTES = 8 << 20
+"""On a CPU the dense path decodes the weight in row panels of about this size: a buffer that the
+allocator gives back and takes again without page faults, and that stays in the caches."""
+
+
+def _device_code(device: torch.device) -> int:
+    if device.type == "cpu":
+        return -1
+    if device.type == "cuda":
+        return device.index
+    raise NotImplementedError(f"qlora_native runs on cpu and cuda devices, not on {device.type}")
+
+
+def _stream_and_threads(device: torch.device) -> int:
+    """Return the handle of torch's current stream; on a CPU, follow torch.set_num_threads."""
+    if device.type == "cuda":
+        return torch._C._cuda_getCurrentRawStream(device.index)
+    _C.set_cpu_threads(torch.get_num_threads())
+    return 0
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Weight:
+    """The parts of a 4-bit matrix, checked, and the core's view of them."""
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        absmax2: torch.Tensor | None,
+        offset: torch.Tensor | None,
+        rows: int,
+        cols: int,
+        block_size: int,
+        codebook: _C.Codebook,
+    ) -> None:
+        self.parts = (packed, absmax, absmax2, offset)
+        self.rows, self.cols, self.block_size, self.codebook = rows, cols, block_size, codebook
+        self.device = packed.device
+        self.view = _C.WeightView.make(
+            packed=packed.data_ptr(),
+            absmax=absmax.data_ptr(),
+            absmax2=_address(absmax2),
+            offset=_address(offset),
+            double_quant=offset is not None,
+            rows=rows,
+            cols=cols,
+            block_size=block_size,
+            codebook=codebook,
+            device=_device_code(packed.device),
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the dense matrix."""
+        out = torch.empty(self.rows, self.cols, dtype=dtype, device=self.device)
+        _C.dequantize_4bit(
+            self.view,
+            output=out.data_ptr(),
+            dtype=_checks.FLOAT_DTYPES[dtype],
+            stream=_stream_and_threads(self.device),
+        )
+        return out
+
+    def row_panels(self, dtype: torch.dtype) -> Iterator[tuple[int, _Weight]]:
+        """Yield (first row, panel) where every panel starts at a group's (or block's) boundary."""
+        packed, absmax, absmax2, offset = self.parts
+        unit = self.block_size * (_C.GROUP_SIZE if offset is not None else 1)
+        step = unit // math.gcd(unit, self.cols)
+        step *= max(1, _DENSE_PANEL_BYTES // (step * self.cols * dtype.itemsize))
+        if self.device.type != "cpu" or step >= self.rows:
+            yield 0, self
+            return
+        for first in range(0, self.rows, step):
+            rows = min(step, self.rows - first)
+            begin, numel = first * self.cols, rows * self.cols
+            blocks = slice(begin // self.block_size, None)
+            yield (
+                first,
+                _Weight(
+                    packed.view(-1)[begin // 2 : begin // 2 + _checks.packed_bytes(numel)],
+                    absmax.view(-1)[blocks],
+                    None if absmax2 is None else absmax2[begin // unit :],
+                    offset,
+                    rows,
+                    self.cols,
+                    self.block_size,
+                    self.codebook,
+                ),
+            )
+
+
+def _checked_weight(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    codebook: Sequence[float] | None,
+) -> _Weight:
+    _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
+    rows, cols = shape if len(shape) == 2 else (1, _checks.numel_of(shape))
+    book = _checks.codebook(quant_type, codebook)
+    return _Weight(packed, absmax, absmax2, offset, rows, cols, block_size, book)
+
+
+def _workspace(size_bytes: int, device: torch.device) -> torch.Tensor | None:
+    return torch.empty(size_bytes, dtype=torch.uint8, device=device) if size_bytes > 0 else None
+
+
+def _as_rows(x: torch.Tensor, cols: int) -> tuple[torch.Tensor, int]:
+    """Return x as [M, cols] with contiguous rows, and the row stride in elements."""
+    rows = x.reshape(-1, cols) if cols > 0 else x.new_empty(math.prod(x.shape[:-1]), 0)
+    if rows.shape[0] <= 1 or rows.stride(1) != 1 or rows.stride(0) < cols:
+        rows = rows.contiguous()
+    return rows, rows.stride(0) if rows.shape[0] > 1 else cols
+
+
+def _quantize_4bit(
+    input: torch.Tensor,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    codebook: Sequence[float] | None,
+    offset: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs = _quantize_4bit_fake(input, quant_type, block_size, double_quant, codebook, offset)
+    packed, absmax, absmax2, out_offset = outputs
+    if input.numel() == 0:
+        return packed, absmax, absmax2, out_offset.zero_()
+    input = input.contiguous()
+    view = _C.WeightView.make(
+        packed=packed.data_ptr(),
+        absmax=absmax.data_ptr(),
+        absmax2=absmax2.data_ptr(),
+        offset=out_offset.data_ptr(),
+        double_quant=double_quant,
+        rows=1,
+        cols=input.numel(),
+        block_size=block_size,
+        codebook=_checks.codebook(quant_type, codebook),
+        device=_device_code(input.device),
+    )
+    arguments = {
+        "input": input.data_ptr(),
+        "dtype": _checks.FLOAT_DTYPES[input.dtype],
+        "pinned_offset": _address(offset),
+    }
+    stream = _stream_and_threads(input.device)
+    size_bytes = _C.quantize_4bit_workspace_bytes(view, **arguments)
+    workspace = _workspace(size_bytes, input.device)
+    _C.quantize_4bit(
+        view,
+        **arguments,
+        workspace=_address(workspace),
+        workspace_bytes=size_bytes,
+        stream=stream,
+    )
+    return outputs
+
+
+def _quantize_4bit_fake(
+    input: torch.Tensor,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    codebook: Sequence[float] | None,
+    offset: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _checks.float_dtype_code("the tensor to quantize", input.dtype)
+    _checks.check_block_size(block_size)
+    _checks.codebook(quant_type, codebook)
+    if offset is not None:
+        if not double_quant:
+            raise ValueError("an offset is given, but double_quant is off")
+        if offset.dtype != torch.float32 or offset.numel() != 1 or offset.device != input.device:
+            raise ValueError(
+                f"offset must be one float32 on {input.device}, got {tuple(offset.shape)} "
+                f"{offset.dtype} on {offset.device}"
+            )
+    numel = input.numel()
+    blocks = _checks.num_blocks(numel, block_size)
+    groups = _checks.num_groups(numel, block_size) if double_quant else 0
+    packed = input.new_empty(_checks.packed_bytes(numel), dtype=torch.uint8)
+    absmax = input.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
+    absmax2 = input.new_empty(groups, dtype=torch.float32)
+    out_offset = input.new_empty((), dtype=torch.float32)
+    return packed, absmax, absmax2, out_offset
+
+
+def _dequantize_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    codebook: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _checks.float_dtype_code("the output", dtype)
+    weight = _checked_weight(
+        packed, absmax, absmax2, offset, shape, block_size, quant_type, codebook
+    )
+    return weight.dequantize(dtype).view(list(shape))
+
+
+def _dequantize_4bit_fake(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    codebook: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _checks.float_dtype_code("the output", dtype)
+    _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
+    _checks.codebook(quant_type, codebook)
+    return packed.new_empty(list(shape), dtype=dtype)
+
+
+def _linear_4bit(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    codebook: Sequence[float] | None,
+) -> torch.Tensor:
+    weight = _checked_weight(
+        packed, absmax, absmax2, offset, shape, block_size, quant_type, codebook
+    )
+    _checks.check_activation("x", x, shape, "in", packed.device)
+    _checks.check_bias(bias, x, weight.rows)
+    bias = None if bias is None else bias.contiguous()
+    rows, row_stride = _as_rows(x, weight.cols)
+    y = x.new_empty(rows.shape[0], weight.rows)
+    arguments = {
+        "x": rows.data_ptr(),
+        "m": rows.shape[0],
+        "row_stride": row_stride,
+        "dtype": _checks.FLOAT_DTYPES[x.dtype],
+        "bias": _address(bias),
+        "y": y.data_ptr(),
+    }
+    if y.numel() > 0:
+        stream = _stream_and_threads(x.device)
+        plan = _C.matmul_4bit_plan(weight.view, **arguments)
+        if plan == _C.PREFER_DENSE:
+            _dense_linear(rows, bias, weight, y)
+        else:
+            workspace = _workspace(plan, x.device)
+            _C.matmul_4bit(
+                weight.view,
+                **arguments,
+                workspace=_address(workspace),
+                workspace_bytes=plan,
+                stream=stream,
+            )
+    return y.view(*x.shape[:-1], weight.rows)
+
+
+def _dense_linear(
+    x: torch.Tensor, bias: torch.Tensor | None, weight: _Weight, y: torch.Tensor
+) -> None:
+    for first, panel in weight.row_panels(x.dtype):
+        dense = panel.dequantize(x.dtype)
+        if dense.shape[0] == weight.rows:
+            if bias is None:
+                torch.mm(x, dense.t(), out=y)
+            else:
+                torch.addmm(bias, x, dense.t(), out=y)
+        else:
+            part = None if bias is None else bias[first : first + panel.rows]
+            y[:, first : first + panel.rows] = torch.nn.functional.linear(x, dense, part)
+
+
+def _linear_4bit_fake(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    codebook: Sequence[float] | None,
+) -> torch.Tensor:
+    _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
+    _checks.codebook(quant_type, codebook)
+    _checks.check_activation("x", x, shape, "in", packed.device)
+    _checks.check_bias(bias, x, shape[0])
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+def _linear_4bit_dx(
+    dy: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    codebook: Sequence[float] | None,
+) -> torch.Tensor:
+    weight = _checked_weight(
+        packed, absmax, absmax2, offset, shape, block_size, quant_type, codebook
+    )
+    _checks.check_activation("dy", dy, shape, "out", packed.device)
+    rows, row_stride = _as_rows(dy, weight.rows)
+    dx = dy.new_empty(rows.shape[0], weight.cols)
+    arguments = {
+        "dy": rows.data_ptr(),
+        "m": rows.shape[0],
+        "row_stride": row_stride,
+        "dtype": _checks.FLOAT_DTYPES[dy.dtype],
+        "dx": dx.data_ptr(),
+    }
+    if dx.numel() > 0:
+        stream = _stream_and_threads(dy.device)
+        plan = _C.matmul_4bit_transposed_plan(weight.view, **arguments)
+        if plan == _C.PREFER_DENSE:
+            # One contraction over all of N: summing panels would round dX once a panel.
+            torch.mm(rows, weight.dequantize(dy.dtype), out=dx)
+        else:
+            workspace = _workspace(plan, dy.device)
+            _C.matmul_4bit_transposed(
+                weight.view,
+                **arguments,
+                workspace=_address(workspace),
+                workspace_bytes=plan,
+                stream=stream,
+            )
+    return dx.view(*dy.shape[:-1], weight.cols)
+
+
+def _linear_4bit_dx_fake(
+    dy: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    codebook: Sequence[float] | None,
+) -> torch.Tensor:
+    _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
+    _checks.codebook(quant_type, codebook)
+    _checks.check_activation("dy", dy, shape, "out", packed.device)
+    return dy.new_empty(*dy.shape[:-1], shape[1])
+
+
+for _name, _kernel, _fake in (
+    ("quantize_4bit", _quantize_4bit, _quantize_4bit_fake),
+    ("dequantize_4bit", _dequantize_4bit, _dequantize_4bit_fake),
+    ("linear_4bit", _linear_4bit, _linear_4bit_fake),
+    ("linear_4bit_dx", _linear_4bit_dx, _linear_4bit_dx_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"qlora_native::{_name}", _fake)
+
+
+@register_flop_formula(torch.ops.qlora_native.linear_4bit)
+def _linear_flops(x_shape, bias_shape, *weight_shapes, out_shape, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * out_shape[-1]
+
+
+@register_flop_formula(torch.ops.qlora_native.linear_4bit_dx)
+def _linear_dx_flops(dy_shape, *weight_shapes, out_shape, **kwargs) -> int:
+    return 2 * math.prod(dy_shape) * out_shape[-1]

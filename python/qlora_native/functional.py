@@ -1,0 +1,242 @@
+"""The operations on tensors: quantize, dequantize, and the linear layer over a 4-bit weight.
+
+Formats are those of the core (``quantized.h``, ``codebook.h``): blocks of `block_size` elements of the
+flattened tensor share one absmax; with double quantization the absmax values are 8-bit codes
+themselves, 256 of them to an fp32 `absmax2`, around an fp32 `offset`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qlora_native import _checks
+from qlora_native import _library as _library  # registers the operators
+from qlora_native._checks import QUANT_TYPES
+
+__all__ = ["QUANT_TYPES", "QuantizedTensor", "dequantize_4bit", "linear_4bit", "quantize_4bit"]
+
+_ops = torch.ops.qlora_native
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A 4-bit tensor: a value, not a Parameter. Its parts are plain tensors on one device.
+
+    Attributes:
+        packed: uint8 ``[(n + 1) // 2]`` for n elements, row-major; the first of a pair of elements is
+            the high nibble. Any shape with that many bytes is accepted.
+        absmax: float32 ``[blocks]``; with double quantization uint8 ``[blocks]``.
+        absmax2: float32 ``[ceil(blocks / 256)]``, or None without double quantization.
+        offset: float32 scalar, or None without double quantization.
+        shape: the logical shape.
+        dtype: the dtype that was quantized, which `dequantize` returns by default.
+        quant_type: "nf4", "fp4", "int4" or "custom".
+        block_size: elements that share an absmax.
+        codebook: the 16 ascending values of quant_type "custom", else None.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    absmax2: torch.Tensor | None
+    offset: torch.Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    quant_type: str = "nf4"
+    block_size: int = 64
+    codebook: tuple[float, ...] | None = None
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the absmax values are quantized too."""
+        return self.offset is not None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all parts."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        parts = (self.packed, self.absmax, self.absmax2, self.offset)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def numel(self) -> int:
+        """Return the number of logical elements."""
+        return _checks.numel_of(self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the dense tensor; see `dequantize_4bit`."""
+        return dequantize_4bit(self, dtype)
+
+    def to(self, device: torch.device | str | int) -> QuantizedTensor:
+        """Return the same value on another device. The parts keep their dtypes."""
+        return dataclasses.replace(
+            self,
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            absmax2=None if self.absmax2 is None else self.absmax2.to(device),
+            offset=None if self.offset is None else self.offset.to(device),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedTensor(shape={tuple(self.shape)}, quant_type={self.quant_type!r}, "
+            f"block_size={self.block_size}, double_quant={self.double_quant}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+
+def _weight_arguments(q: QuantizedTensor) -> tuple[Any, ...]:
+    """Return the arguments by which every operator takes a 4-bit weight."""
+    return (
+        q.packed, q.absmax, q.absmax2, q.offset, q.shape, q.block_size, q.quant_type, q.codebook
+    )  # fmt: skip
+
+
+def quantize_4bit(
+    w: torch.Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    codebook: Sequence[float] | None = None,
+    check_finite: bool = False,
+    offset: torch.Tensor | float | None = None,
+) -> QuantizedTensor:
+    """Quantize a tensor of any shape to 4 bits.
+
+    Args:
+        w: float32, float16 or bfloat16, on a CPU or a CUDA device.
+        quant_type: "nf4", "fp4", "int4", or "custom" with a `codebook`.
+        block_size: elements that share an absmax: a power of two from 32 to 4096.
+        double_quant: quantize the absmax values too (0.127 instead of 0.5 bits per element at 64).
+        codebook: 16 finite, ascending values in [-1, 1] for quant_type "custom".
+        check_finite: raise ValueError when `w` holds a NaN or an infinity (waits for the device).
+            Without it such a block decodes to NaN; with double quantization its group of 256 blocks.
+        offset: the fp32 centre of the double quantization, instead of the mean of the absmax values.
+
+    Raises:
+        TypeError: `w` is not one of the float types.
+        ValueError: another argument is out of its range, or `check_finite` found bad values.
+    """
+    if check_finite and w.numel() > 0:
+        bad = int((~torch.isfinite(w)).sum())
+        if bad:
+            raise ValueError(
+                f"the tensor to quantize, of shape {tuple(w.shape)}, holds {bad} values that are "
+                "NaN or infinite"
+            )
+    if offset is not None and not isinstance(offset, torch.Tensor):
+        offset = torch.tensor(offset, dtype=torch.float32, device=w.device)
+    values = None if codebook is None else tuple(float(value) for value in codebook)
+    packed, absmax, absmax2, out_offset = _ops.quantize_4bit(
+        w.detach(), quant_type, block_size, double_quant, values, offset
+    )
+    return QuantizedTensor(
+        packed=packed,
+        absmax=absmax,
+        absmax2=absmax2 if double_quant else None,
+        offset=out_offset if double_quant else None,
+        shape=w.shape,
+        dtype=w.dtype,
+        quant_type=quant_type,
+        block_size=block_size,
+        codebook=values,
+    )
+
+
+def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return the dense tensor of `q.shape`: ``code value * absmax`` in fp32, rounded once to `dtype`.
+
+    Args:
+        q: the tensor to decode.
+        dtype: float32, float16 or bfloat16; `q.dtype` when None.
+
+    Raises:
+        TypeError, ValueError: the parts of `q` do not fit each other, or `dtype` is no such float.
+    """
+    return _ops.dequantize_4bit(*_weight_arguments(q), dtype or q.dtype)
+
+
+def linear_4bit(
+    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``x @ W.T + bias`` for a 4-bit weight W. Differentiable in `x` and `bias`; W is frozen.
+
+    Accumulates in fp32. Only the packed weight is kept for the backward pass.
+
+    Args:
+        x: ``[..., in_features]`` float32, float16 or bfloat16, on `q`'s device. Under autocast it is
+            cast to the autocast dtype first, as torch's linear does.
+        q: a weight of shape ``[out_features, in_features]``.
+        bias: ``[out_features]``, cast to x's dtype, or None.
+
+    Returns:
+        ``[..., out_features]`` of x's (or the autocast) dtype.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit; the message holds them.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype.is_floating_point:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    weight = _weight_arguments(q)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear4bit.apply(x, bias, *weight)
+    return _ops.linear_4bit(x, bias, *weight)
+
+
+class _Linear4bit(torch.autograd.Function):
+    """Y = X W^T + bias."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, bias: torch.Tensor | None, *weight: Any
+    ) -> torch.Tensor:
+        return _ops.linear_4bit(x, bias, *weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _save_weight(ctx, inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        weight = _saved_weight(ctx)
+        dx = _Linear4bitDx.apply(dy, *weight) if ctx.needs_input_grad[0] else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return (dx, dbias, *(None for _ in weight))
+
+
+class _Linear4bitDx(torch.autograd.Function):
+    """dX = dY W. A Function of its own, so that gradients of gradients exist."""
+
+    @staticmethod
+    def forward(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
+        return _ops.linear_4bit_dx(dy, *weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _save_weight(ctx, inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, ddx: torch.Tensor) -> tuple[Any, ...]:
+        weight = _saved_weight(ctx)
+        return (_Linear4bit.apply(ddx, None, *weight), *(None for _ in weight))
+
+
+def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
+    """Save the packed tensors, through save_for_backward so that hooks and checkpointing see them."""
+    ctx.save_for_backward(*weight[:4])
+    ctx.weight_format = weight[4:]
+
+
+def _saved_weight(ctx: Any) -> tuple[Any, ...]:
+    return (*ctx.saved_tensors, *ctx.weight_format)
