@@ -210,9 +210,16 @@ class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         weight = _saved_weight(ctx)
-        dx = _Linear4bitDx.apply(dy, *weight) if ctx.needs_input_grad[0] else None
+        dx = _linear_4bit_dx(dy, *weight) if ctx.needs_input_grad[0] else None
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return (dx, dbias, *(None for _ in weight))
+
+
+def _linear_4bit_dx(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
+    # Dynamo cannot trace a Function inside another's backward; it has no double backward either.
+    if torch.is_grad_enabled() and dy.requires_grad and not torch.compiler.is_compiling():
+        return _Linear4bitDx.apply(dy, *weight)
+    return _ops.linear_4bit_dx(dy, *weight)
 
 
 class _Linear4bitDx(torch.autograd.Function):
