@@ -1,0 +1,99 @@
+"""The commands of `qlora-native` and their help. What they do is imported when they run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qlora_native.cli.errors import EXIT_FAILURE, reporting
+from qlora_native.cli.options import EvaluateOptions, FinetuneOptions, GenerateOptions, command
+
+app = typer.Typer(
+    name="qlora-native",
+    help="Fine-tune language models in 4 bits, on a GPU or a CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    # A traceback is for --debug, and then Python's own; typer's shows every local tensor.
+    pretty_exceptions_enable=False,
+)
+
+
+@command(app, FinetuneOptions, no_args_is_help=True)
+def finetune(options: FinetuneOptions) -> None:
+    """Quantize a model to 4 bits and train a LoRA adapter over it.
+
+    Examples:
+
+    - `qlora-native finetune --model ./llama --data notes.txt --output out`
+
+    - `qlora-native finetune --model ./llama --data a.jsonl b.jsonl --eval-data c.jsonl --output out
+      --lora-r 8 --learning-rate 1e-4 --max-steps 500`
+
+    - `qlora-native finetune --config run.yaml --learning-rate 5e-5`
+
+    - `qlora-native finetune --config out/run.yaml --resume`
+
+    The output folder gets the adapter in PEFT's format, the tokenizer, report.json, loss.png,
+    run.yaml (these options) and checkpoints. Ctrl-C stops after the step, with a checkpoint.
+    """
+    from qlora_native.cli import loading
+    from qlora_native.cli.finetune import finetune as run
+
+    if not options.debug:
+        loading.quiet_libraries()
+    run(options)
+
+
+@command(app, GenerateOptions, no_args_is_help=True)
+def generate(options: GenerateOptions) -> None:
+    """Continue a prompt with a quantized model and, if given, an adapter.
+
+    Examples:
+
+    - `qlora-native generate --model ./llama --adapter out --prompt "Once upon"`
+
+    - `qlora-native generate --model ./llama --no-quantize --prompt Hello --temperature 0.8`
+    """
+    from qlora_native.cli import loading
+    from qlora_native.cli.generate import generate as run
+
+    if not options.debug:
+        loading.quiet_libraries()
+    run(options)
+
+
+@command(app, EvaluateOptions, no_args_is_help=True)
+def evaluate(options: EvaluateOptions) -> None:
+    """Measure the loss and the perplexity of a model on files.
+
+    Examples:
+
+    - `qlora-native evaluate --model ./llama --data held-out.txt`
+
+    - `qlora-native evaluate --model ./llama --adapter out --data held-out.txt --json`
+    """
+    from qlora_native.cli import loading
+    from qlora_native.cli.evaluate import evaluate as run
+
+    if not options.debug:
+        loading.quiet_libraries()
+    run(options)
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Show the build, the devices, and each kernel with why it is or is not usable.
+
+    The exit code is 0 when the library can be used here.
+    """
+    from qlora_native.cli.doctor import doctor as run
+
+    with reporting(debug):
+        usable = run(json)
+    if not usable:
+        raise typer.Exit(EXIT_FAILURE)

@@ -1,0 +1,353 @@
+"""The command `finetune`: a quantized base model, LoRA adapters, transformers' Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+import qlora_native as qn
+from qlora_native._files import atomic_write
+from qlora_native.cli import data, loading, report
+from qlora_native.cli.errors import InputError, Interrupted, allocating, display_path, require
+from qlora_native.cli.options import FinetuneOptions
+from qlora_native.cli.progress import LayerProgress, TrainingProgress, stderr, stdout
+from qlora_native.cli.trainer import AdapterTrainer, StopOnSignal, checkpoints
+
+RUN_FILE = "run.yaml"
+_RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "loss.png", RUN_FILE)
+# What may differ between a run and its continuation: it changes no number.
+_FREE_ON_RESUME = {
+    "output", "overwrite", "resume", "debug", "logging_steps", "eval_steps", "save_steps",
+    "save_total_limit", "device",
+}  # fmt: skip
+
+
+def finetune(options: FinetuneOptions) -> None:
+    """Checks everything that can be checked first, then loads, trains and reports.
+
+    Raises:
+        InputError: see the messages; the output folder is as it was.
+        OutOfMemoryError, Interrupted: the output folder has whole checkpoints only.
+    """
+    started = time.perf_counter()
+    _check_numbers(options)
+    loading.check_quantization(options)
+    resume_from = _check_output(options)
+    data.check_files(options.data, "--data")
+    data.check_files(options.eval_data or [], "--eval-data")
+    where = loading.placement(options)
+    loading.check_model_path(options.model)
+    loading.check_context(options.model, options.max_seq_length)
+    arguments = _training_arguments(options, where)
+    tokenizer = loading.load_tokenizer(options.model)
+    transformers.set_seed(options.seed)
+    train, evaluation = _read(options, tokenizer)
+    stderr.print(
+        f"{len(train):,} training and {len(evaluation or ()):,} held-out sequences; loss on "
+        f"{train.loss_on}; {where.device.type} in {str(where.dtype).removeprefix('torch.')}",
+        highlight=False,
+    )
+    if train.dropped:
+        stderr.print(
+            f"{train.dropped:,} conversations have nothing to learn within --max-seq-length",
+            highlight=False,
+        )
+    if where.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where.device)
+    model, converted, adapters = _build(options, where)
+    trainer = AdapterTrainer(
+        model=model,
+        args=arguments,
+        train=train,
+        evaluation=evaluation,
+        collator=data.Collator(tokenizer),
+        base_model=options.model,
+        dtype=where.dtype,
+    )
+    if resume_from is None:
+        _start_output(options)
+    losses = _train(trainer, options, resume_from)
+    memory, memory_of = report.peak_memory(where.device)
+    history = trainer.state.log_history
+    content = {
+        "title": f"{Path(options.model).name}: {options.quant_type} base, LoRA r={options.lora_r}",
+        **losses,
+        "train_loss": [[e["step"], e["loss"]] for e in history if "loss" in e],
+        "steps": trainer.state.global_step,
+        "resumed_from": resume_from.name if resume_from else None,
+        "peak_memory_bytes": memory,
+        "peak_memory_of": memory_of,
+        "trainable_parameters": adapters.trainable,
+        "total_parameters": adapters.total,
+        "bits_per_weight": converted.bits_per_parameter,
+        "quantized_layers": len(converted.converted),
+        "loss_on": train.loss_on,
+        "sequences": {"train": len(train), "eval": len(evaluation or ())},
+        "device": _device_name(where.device),
+        "dtype": str(where.dtype).removeprefix("torch."),
+        "wall_seconds": time.perf_counter() - started,
+        "versions": report.versions(),
+        "settings": _settings(options),
+    }
+    _save_results(options.output, model, tokenizer, options.model, content)
+    stdout.print(report.table(content))
+    stdout.print(
+        f"Saved to {options.output}: adapter, tokenizer, report.json, loss.png", soft_wrap=True
+    )
+
+
+def _check_numbers(options: FinetuneOptions) -> None:
+    for name in (
+        "lora_r", "max_seq_length", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "gradient_accumulation_steps", "logging_steps", "save_total_limit",
+    ):  # fmt: skip
+        value = getattr(options, name)
+        require(value >= 1, f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    require(options.max_seq_length >= 2, "--max-seq-length 1: must be 2 or more")
+    for name in ("eval_steps", "save_steps", "learning_rate", "warmup_steps", "weight_decay"):
+        value = getattr(options, name)
+        require(value >= 0, f"--{name.replace('_', '-')} {value}: must not be negative")
+    require(
+        0 <= options.lora_dropout < 1, f"--lora-dropout {options.lora_dropout}: must be in [0, 1)"
+    )
+    require(
+        0 <= options.eval_fraction < 1,
+        f"--eval-fraction {options.eval_fraction}: must be in [0, 1)",
+    )
+    require(
+        options.max_steps > 0 or options.num_train_epochs > 0,
+        f"--num-train-epochs {options.num_train_epochs}: must be positive",
+    )
+
+
+def _check_output(options: FinetuneOptions) -> Path | None:
+    """The checkpoint to go on from, if that was asked for."""
+    folder = options.output
+    require(
+        not (options.resume and options.overwrite), "--resume and --overwrite exclude each other"
+    )
+    require(
+        not folder.exists() or folder.is_dir(), f"--output {folder}: exists and is not a folder"
+    )
+    if options.resume:
+        whole = checkpoints(folder) if folder.exists() else []
+        require(bool(whole), f"--resume: there is no checkpoint in {folder}")
+        _check_same_run(options)
+        return whole[-1]
+    require(
+        options.overwrite or not folder.exists() or not any(folder.iterdir()),
+        f"--output {folder}: exists and is not empty; --overwrite replaces the run in it, "
+        "--resume continues it",
+    )
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(os.access(existing, os.W_OK), f"--output {folder}: {existing} is not writable")
+    return None
+
+
+def _check_same_run(options: FinetuneOptions) -> None:
+    file = options.output / RUN_FILE
+    require(file.is_file(), f"--resume: there is no {RUN_FILE} in {options.output}")
+    then, now = yaml.safe_load(file.read_text()), _settings(options)
+    for name in now.keys() - _FREE_ON_RESUME:
+        require(
+            then.get(name) == now[name],
+            f"--resume: --{name.replace('_', '-')} was {then.get(name)} and is now {now[name]}; "
+            f"to continue the run as it was: {_resume_command(options)}",
+        )
+
+
+def _resume_command(options: FinetuneOptions) -> str:
+    return f"qlora-native finetune --config {display_path(options.output / RUN_FILE)} --resume"
+
+
+def _training_arguments(
+    options: FinetuneOptions, where: loading.Placement
+) -> transformers.TrainingArguments:
+    evaluates = bool(options.eval_steps) and (options.eval_data or options.eval_fraction)
+    same_name = (
+        "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+        "num_train_epochs", "max_steps", "per_device_train_batch_size",
+        "per_device_eval_batch_size", "gradient_accumulation_steps", "optim", "seed",
+        "logging_steps", "save_total_limit",
+    )  # fmt: skip
+    try:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(options.output),
+            **{name: getattr(options, name) for name in same_name},
+            use_cpu=where.device.type == "cpu",
+            bf16=where.dtype == torch.bfloat16,
+            fp16=where.dtype == torch.float16,
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=options.eval_steps or None,
+            save_strategy="steps" if options.save_steps else "no",
+            save_steps=options.save_steps or 1,
+            include_num_input_tokens_seen="non_padding",
+            dataloader_pin_memory=where.device.type == "cuda",
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if where.device.type == "cuda":
+        # With several GPUs Trainer would replicate the model in threads, one per GPU.
+        _ = arguments.n_gpu
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _read(options: FinetuneOptions, tokenizer: Any) -> tuple[data.Sequences, data.Sequences | None]:
+    documents = data.read_documents(options.data, "--data")
+    length = options.max_seq_length
+    if options.eval_data:
+        held_out = data.read_documents(options.eval_data, "--eval-data")
+        return data.tokenize(documents, tokenizer, length), data.tokenize(
+            held_out, tokenizer, length
+        )
+    if options.eval_fraction:
+        return data.split(documents, tokenizer, length, options.eval_fraction, options.seed)
+    return data.tokenize(documents, tokenizer, length), None
+
+
+def _build(options: FinetuneOptions, where: loading.Placement) -> tuple[Any, Any, Any]:
+    model = loading.load_dense(options.model, where.dtype)
+    with LayerProgress() as progress:
+        converted = loading.quantize(model, options, where, progress)
+    targets: Any = options.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+    try:
+        adapters = qn.add_lora(
+            model,
+            r=options.lora_r,
+            alpha=options.lora_alpha,
+            dropout=options.lora_dropout,
+            target_modules=targets,
+            use_rslora=options.use_rslora,
+            adapter_dtype=torch.float32,
+        )
+    except ValueError as error:
+        raise InputError(f"--target-modules {options.target_modules}: {error}") from error
+    require(
+        not adapters.unmatched,
+        f"--target-modules: {', '.join(adapters.unmatched)} matches no linear layer of the model",
+    )
+    qn.prepare_for_training(model, gradient_checkpointing=options.gradient_checkpointing)
+    return model, converted, adapters
+
+
+def _start_output(options: FinetuneOptions) -> None:
+    """Makes the folder, without the previous run when --overwrite was given."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    for path in checkpoints(options.output):
+        shutil.rmtree(path)
+    for name in _RESULTS:
+        (options.output / name).unlink(missing_ok=True)
+    with atomic_write(options.output / RUN_FILE) as temporary:
+        temporary.write_text(yaml.safe_dump(_settings(options), sort_keys=False))
+
+
+def _settings(options: FinetuneOptions) -> dict[str, Any]:
+    """The options as YAML and JSON take them, so that the file is a --config of the same run."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    passing = ("overwrite", "resume", "debug")
+    return {
+        name: plain(value)
+        for name, value in dataclasses.asdict(options).items()
+        if name not in passing
+    }
+
+
+def _train(
+    trainer: AdapterTrainer, options: FinetuneOptions, resume_from: Path | None
+) -> dict[str, Any]:
+    """Trains, evaluates before and after, and gives the figures of both."""
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    show = TrainingProgress()
+    stop = StopOnSignal(
+        lambda: stderr.print("\nStopping after this step; once more stops at once.")
+    )
+    trainer.add_callback(show)
+    trainer.add_callback(stop)
+    held_out = trainer.eval_dataset is not None
+    batch, length = options.per_device_train_batch_size, options.max_seq_length
+    remedy = (
+        "reduce --per-device-train-batch-size or --max-seq-length, keep --gradient-checkpointing."
+    )
+    with allocating(f"evaluating and training with {batch} x {length} tokens per step:", remedy):
+        try:
+            before = trainer.evaluate()["eval_loss"] if held_out else None
+            trainer.training_seconds(0)
+            seen_before = _tokens_seen(resume_from)
+            with stop:
+                start = time.perf_counter()
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+                seconds = trainer.training_seconds(time.perf_counter() - start)
+            if stop.received is None:
+                after = trainer.evaluate()["eval_loss"] if held_out else None
+        except KeyboardInterrupt:
+            raise Interrupted(_how_to_resume(options)) from None
+        finally:
+            show.close()
+    if stop.received is not None:
+        raise Interrupted(_how_to_resume(options))
+    curve = [[e["step"], e["eval_loss"]] for e in trainer.state.log_history if "eval_loss" in e]
+    if held_out:
+        curve = [[0, before], *[point for point in curve if point[0] > 0]]
+        # The last step may have been evaluated within the run as well.
+        curve = [point for i, point in enumerate(curve) if point not in curve[:i]]
+    return {
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+        "eval_loss": curve,
+        "tokens_per_second": (trainer.state.num_input_tokens_seen - seen_before) / seconds,
+        "train_tokens": trainer.state.num_input_tokens_seen,
+        "train_seconds": seconds,
+    }
+
+
+def _tokens_seen(checkpoint: Path | None) -> int:
+    if checkpoint is None:
+        return 0
+    state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.num_input_tokens_seen
+
+
+def _how_to_resume(options: FinetuneOptions) -> str:
+    whole = checkpoints(options.output)
+    if not whole:
+        return "there is no checkpoint yet; start again with --overwrite"
+    return f"{whole[-1]} is whole; go on with: {_resume_command(options)}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return next(d.name for d in qn.list_devices() if d.device == "cpu")
+
+
+def _save_results(
+    folder: Path, model: Any, tokenizer: Any, base_model: str, content: dict[str, Any]
+) -> None:
+    qn.save_adapter(model, folder, base_model_name_or_path=base_model, overwrite=True)
+    # The tokenizer writes several files by itself; they are moved in one by one, each whole.
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            path.replace(folder / path.name)
+    report.plot(folder / "loss.png", content)
+    report.write_json(folder / "report.json", content)

@@ -1,0 +1,177 @@
+"""transformers' Trainer for a model of which only the adapter trains.
+
+A checkpoint holds the adapter, the optimizer, the scheduler, the random state and the trainer's
+state, never the base model. It is built under another name and renamed, so a folder that is called
+checkpoint-<step> is whole, whenever the process is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_callback import TrainerCallback
+
+import qlora_native as qn
+from qlora_native.cli.data import Collator, Sequences
+from qlora_native.cli.loss import mean_token_loss
+
+_STAGING = ".checkpoint-incomplete"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _step_of(p))]
+    return [path for _, path in sorted(found)]
+
+
+def _step_of(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+
+
+class AdapterTrainer(transformers.Trainer):
+    """Saves and loads the adapter where Trainer would the model, and renames whole checkpoints."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: transformers.TrainingArguments,
+        train: Sequences,
+        evaluation: Sequences | None,
+        collator: Collator,
+        base_model: str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train.rows,
+            eval_dataset=evaluation.rows if evaluation else None,
+            data_collator=collator,
+        )
+        self._base_model = base_model
+        self._dtype = dtype
+        self._staging: Path | None = None
+        self._paused = 0.0
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The loss per token, weighted by token (Trainer's own weighs by batch)."""
+        start = time.perf_counter()
+        loader = self.get_eval_dataloader(eval_dataset)
+        loss, tokens = mean_token_loss(self.model, loader, self._dtype)
+        seconds = time.perf_counter() - start
+        self._paused += seconds
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_tokens": tokens,
+            f"{metric_key_prefix}_runtime": round(seconds, 3),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def training_seconds(self, total: float) -> float:
+        """`total` less the time for evaluation and checkpoints since the last call."""
+        paused, self._paused = self._paused, 0.0
+        return total - paused
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        target = Path(output_dir or self.args.output_dir)
+        target.mkdir(parents=True, exist_ok=True)
+        qn.save_adapter(self.model, target, base_model_name_or_path=self._base_model)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        start = time.perf_counter()
+        folder = Path(self.args.output_dir)
+        final = folder / f"checkpoint-{self.state.global_step}"
+        if final.exists():
+            # A step has one state; it was saved when the step ended.
+            return
+        self._staging = folder / _STAGING
+        shutil.rmtree(self._staging, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+            _sync_tree(self._staging / final.name)
+            (self._staging / final.name).replace(final)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        self._delete_old(folder)
+        self._paused += time.perf_counter() - start
+
+    def _delete_old(self, folder: Path) -> None:
+        limit = self.args.save_total_limit
+        for path in checkpoints(folder)[:-limit] if limit else []:
+            # Renamed first: a folder that is half deleted must not look like a checkpoint.
+            doomed = folder / f"{_STAGING}-{path.name}"
+            path.replace(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        # In place, so that the optimizer goes on holding the same parameters.
+        qn.load_adapter(model or self.model, resume_from_checkpoint, trainable=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Forces the files to the disk, so that the rename cannot get there before them."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM, ends training after the step, with a checkpoint; a second one kills.
+
+    Use as a context manager around `Trainer.train`.
+    """
+
+    def __init__(self, announce: Any) -> None:
+        self.received: int | None = None
+        self._announce = announce
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        self.received = number
+        self._restore()
+        self._announce()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Asks for a checkpoint and the end of training when a signal has come."""
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
