@@ -1,0 +1,101 @@
+// The CUDA backend: its kernels, in the order in which they are tried, and its devices.
+#include "backend.h"
+
+#include <cstdint>
+
+#include "host/device_info.h"
+#include "host/launch.h"
+#include "operations.h"
+
+namespace qlora_native::cuda {
+namespace {
+
+/// A kernel that reads a misaligned element faults, and with it the process's CUDA context: declined
+/// here. Wider alignment than an element's own is never needed.
+bool has_natural_alignment(const char* what, const void* data, int64_t elem_bytes,
+                           std::string* why_not) {
+  if (is_aligned(data, static_cast<size_t>(elem_bytes))) return true;
+  *why_not = std::string(what) + " is not aligned to its elements of " + std::to_string(elem_bytes) +
+             " bytes";
+  return false;
+}
+
+template <class AnyAbsmax>
+bool scales_are_aligned(const AnyAbsmax& absmax, std::string* why_not) {
+  constexpr int64_t kBytes = sizeof(float);
+  return has_natural_alignment("absmax", absmax.values, kBytes, why_not) &&
+         has_natural_alignment("absmax2", absmax.absmax2, kBytes, why_not) &&
+         has_natural_alignment("the offset", absmax.offset, kBytes, why_not);
+}
+
+bool supports_quantize(const QuantizeArgs& args, std::string* why_not) {
+  return has_natural_alignment("the input", args.input.data, size_bytes(args.input.dtype), why_not) &&
+         has_natural_alignment("the pinned offset", args.pinned_offset, sizeof(float), why_not) &&
+         scales_are_aligned(args.output.absmax, why_not);
+}
+
+bool supports_dequantize(const DequantizeArgs& args, std::string* why_not) {
+  return has_natural_alignment("the output", args.output.data, size_bytes(args.output.dtype),
+                               why_not) &&
+         scales_are_aligned(args.weight.absmax, why_not);
+}
+
+bool supports_matmul(const MatmulArgs& args, std::string* why_not) {
+  const int64_t bytes = size_bytes(args.x.dtype);
+  return has_natural_alignment("x", args.x.data, bytes, why_not) &&
+         has_natural_alignment("y", args.y.data, bytes, why_not) &&
+         has_natural_alignment("the bias", args.bias.data, bytes, why_not) &&
+         scales_are_aligned(args.weight.absmax, why_not);
+}
+
+bool supports_matmul_transposed(const MatmulTransposedArgs& args, std::string* why_not) {
+  const int64_t bytes = size_bytes(args.dy.dtype);
+  return has_natural_alignment("dy", args.dy.data, bytes, why_not) &&
+         has_natural_alignment("dx", args.dx.data, bytes, why_not) &&
+         scales_are_aligned(args.weight.absmax, why_not);
+}
+
+constexpr KernelEntry<QuantizeArgs> kQuantizeKernels[] = {
+    {.name = "simt",
+     .usable = is_usable,
+     .supports = supports_quantize,
+     .workspace_bytes = quantize_simt_workspace_bytes,
+     .run = quantize_simt},
+};
+
+constexpr KernelEntry<DequantizeArgs> kDequantizeKernels[] = {
+    {.name = "simt", .usable = is_usable, .supports = supports_dequantize, .run = dequantize_simt},
+};
+
+constexpr KernelEntry<MatmulArgs> kMatmulKernels[] = {
+    {.name = "gemv_simt",
+     .usable = is_usable,
+     .supports = supports_matmul,
+     .prefers = prefers_gemv,
+     .run = gemv_simt},
+    {.name = "gemm_simt", .usable = is_usable, .supports = supports_matmul, .run = gemm_simt},
+};
+
+constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposedKernels[] = {
+    {.name = "gemm_simt",
+     .usable = is_usable,
+     .supports = supports_matmul_transposed,
+     .run = gemm_transposed_simt},
+};
+
+}  // namespace
+
+const Backend& backend() {
+  static const Backend backend{
+      .type = DeviceType::kCuda,
+      .quantize = kQuantizeKernels,
+      .dequantize = kDequantizeKernels,
+      .matmul = kMatmulKernels,
+      .matmul_transposed = kMatmulTransposedKernels,
+      .list_devices = list_devices,
+      .unavailable_reason = unavailable_reason,
+  };
+  return backend;
+}
+
+}  // namespace qlora_native::cuda

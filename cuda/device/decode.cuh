@@ -1,0 +1,92 @@
+// From codes to floats: the sixteen values, and the scale of a block in either of its two forms.
+#pragma once
+
+#include <cstdint>
+
+#include "qlora_native/codebook.h"
+
+namespace qlora_native::cuda {
+
+/// The dynamic map where kernels can index it: 2 KB, in the L1 cache of every SM that uses it.
+static __device__ const DynamicMap kDynamicMapOnDevice = kSignedDynamicMap;
+
+/// Sixteen fp32 values in shared memory. Any 32 lookups are free of bank conflicts: sixteen words lie
+/// in sixteen banks, and lanes that want the same word share one read.
+struct LookupTable {
+  float values[16];
+
+  /// Threads 0..15 of the thread block fill it; a __syncthreads() must follow.
+  __device__ __forceinline__ void fill(const Codebook& codebook) {
+    if (threadIdx.x < 16) values[threadIdx.x] = codebook.values[threadIdx.x];
+  }
+  __device__ __forceinline__ float operator[](uint32_t code) const { return values[code]; }
+};
+
+/// Decodes the eight codes of a 32-bit word (four bytes in memory order, the first element of each in
+/// its high nibble).
+__device__ __forceinline__ void decode8(const LookupTable& table, uint32_t word, float (&out)[8]) {
+  // Byte i of `first` and `second` is the byte offset of an entry: one mask and shift serve four codes.
+  const uint32_t first = (word >> 2) & 0x3c3c3c3cu;
+  const uint32_t second = (word << 2) & 0x3c3c3c3cu;
+  const char* base = reinterpret_cast<const char*>(table.values);
+#pragma unroll
+  for (int byte = 0; byte < 4; ++byte) {
+    out[2 * byte] = *reinterpret_cast<const float*>(base + ((first >> (8 * byte)) & 0xffu));
+    out[2 * byte + 1] = *reinterpret_cast<const float*>(base + ((second >> (8 * byte)) & 0xffu));
+  }
+}
+
+/// The code of element `elem` of a packed array: any alignment, one byte read.
+__device__ __forceinline__ uint32_t load_code(const uint8_t* packed, int64_t elem) {
+  const uint32_t byte = packed[elem >> 1];
+  return elem % 2 == 0 ? byte >> 4 : byte & 0xfu;
+}
+
+/// Where the scales lie: a kernel parameter. Exactly one of `values` and `codes` is null.
+struct BlockScales {
+  const float* values;
+  const uint8_t* codes;
+  const float* absmax2;
+  const float* offset;
+  int block_shift;  ///< log2(block_size)
+};
+
+/// What was loaded for a block, before the arithmetic: so that loads of several blocks can be in flight.
+struct RawScale {
+  float value;    ///< absmax, or absmax2 when double-quantized
+  uint32_t code;  ///< double-quantized only
+};
+
+/// Reads the scale of a block. `kDoubleQuant` says which form `scales` has.
+template <bool kDoubleQuant>
+class ScaleReader {
+ public:
+  __device__ __forceinline__ explicit ScaleReader(const BlockScales& scales) : scales_(scales) {
+    // An array without elements may come without an offset.
+    if constexpr (kDoubleQuant) offset_ = scales.offset == nullptr ? 0.0f : __ldg(scales.offset);
+  }
+
+  __device__ __forceinline__ RawScale load(int64_t elem) const {
+    const int64_t block = elem >> scales_.block_shift;
+    if constexpr (kDoubleQuant) {
+      return {__ldg(scales_.absmax2 + (block / kGroupSize)), __ldg(scales_.codes + block)};
+    } else {
+      return {__ldg(scales_.values + block), 0};
+    }
+  }
+
+  /// Two rounded operations, never an FMA: the same bits on every backend.
+  __device__ __forceinline__ float decode(RawScale raw) const {
+    if constexpr (kDoubleQuant) {
+      return __fadd_rn(__fmul_rn(kDynamicMapOnDevice.values[raw.code], raw.value), offset_);
+    } else {
+      return raw.value;
+    }
+  }
+
+ private:
+  const BlockScales& scales_;
+  float offset_ = 0.0f;
+};
+
+}  // namespace qlora_native::cuda

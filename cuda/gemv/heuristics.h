@@ -1,0 +1,36 @@
+// How the GEMV is cut into thread blocks, and when it is chosen. Pure host arithmetic: no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora_native::cuda {
+
+struct GemvProblem {
+  int64_t m;               ///< rows of x
+  int64_t n;               ///< rows of the weight
+  int64_t k;
+  int64_t x_elem_bytes;    ///< 2 or 4
+  bool packed_is_aligned;  ///< the packed codes start at a multiple of 16 bytes
+};
+
+/// What a thread block of the GEMV computes: y[x_rows, warps * weight_rows].
+struct GemvPlan {
+  bool vectorized;        ///< 16-byte loads of codes; false: the byte-wise kernel for any K
+  int x_rows;             ///< 1, 2, 4 or 8 rows of x
+  int weight_rows;        ///< rows of the weight per warp
+  int64_t grid;           ///< thread blocks, over both tilings
+  int64_t weight_tiles;   ///< thread block b has weight tile b % weight_tiles, x tile b / weight_tiles
+  int64_t stage_k;        ///< elements of an x row held in shared memory at a time
+  int64_t shared_bytes;   ///< of x: x_rows * stage_k * x_elem_bytes
+};
+
+inline constexpr int kGemvWarps = 8;          ///< per thread block
+inline constexpr int64_t kGemvStep = 1024;    ///< elements of K that a warp takes at a time: 32 per lane
+inline constexpr int64_t kGemvSharedBytes = 32768;  ///< at most, for x
+
+GemvPlan plan_gemv(const GemvProblem& problem);
+
+/// Whether the GEMV beats the tiled kernel: it reads the weight once per 8 rows of x.
+bool gemv_is_preferred(const GemvProblem& problem);
+
+}  // namespace qlora_native::cuda

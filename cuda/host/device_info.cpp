@@ -1,0 +1,115 @@
+#include "host/device_info.h"
+
+#include <cuda_runtime_api.h>
+
+#include "qlora_native/error.h"
+
+namespace qlora_native::cuda {
+namespace {
+
+constexpr int kMinComputeCapabilityMajor = 8;
+
+struct DeviceProperties {
+  std::string name;
+  int major = 0;
+  int minor = 0;
+  int multiprocessors = 0;
+  int64_t memory_bytes = 0;
+  std::string why_not;  ///< empty when the kernels run on it
+};
+
+struct Inventory {
+  std::vector<DeviceProperties> devices;
+  std::string reason;  ///< why there are no devices at all
+};
+
+/// The text of a failed query. Also clears the runtime's "last error", which is not the caller's.
+std::string describe(cudaError_t status) {
+  static_cast<void>(cudaGetLastError());
+  return std::string(cudaGetErrorString(status)) + " (" + cudaGetErrorName(status) + ")";
+}
+
+DeviceProperties query_device(int index) {
+  DeviceProperties device;
+  cudaDeviceProp properties{};
+  if (const cudaError_t status = cudaGetDeviceProperties(&properties, index); status != cudaSuccess) {
+    device.why_not = "its properties cannot be read: " + describe(status);
+    return device;
+  }
+  device.name = properties.name;
+  device.major = properties.major;
+  device.minor = properties.minor;
+  device.multiprocessors = properties.multiProcessorCount;
+  device.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
+  if (device.major < kMinComputeCapabilityMajor) {
+    device.why_not = "needs compute capability 8.0 or more, " + device.name + " has " +
+                     std::to_string(device.major) + "." + std::to_string(device.minor);
+  }
+  return device;
+}
+
+Inventory query_inventory() {
+  Inventory inventory;
+  int count = 0;
+  if (const cudaError_t status = cudaGetDeviceCount(&count); status != cudaSuccess) {
+    inventory.reason = describe(status);
+    return inventory;
+  }
+  for (int index = 0; index < count; ++index) inventory.devices.push_back(query_device(index));
+  if (inventory.devices.empty()) inventory.reason = "the CUDA driver reports no device";
+  return inventory;
+}
+
+const Inventory& inventory() {
+  static const Inventory inventory = query_inventory();
+  return inventory;
+}
+
+}  // namespace
+
+std::vector<DeviceInfo> list_devices() {
+  std::vector<DeviceInfo> infos;
+  int32_t index = 0;
+  for (const DeviceProperties& device : inventory().devices) {
+    if (device.why_not.empty()) {
+      infos.push_back({Device::cuda(index), device.name,
+                       "sm_" + std::to_string(device.major) + std::to_string(device.minor) + ", " +
+                           std::to_string(device.multiprocessors) + " SMs",
+                       device.memory_bytes});
+    }
+    ++index;
+  }
+  return infos;
+}
+
+std::string unavailable_reason() {
+  if (!list_devices().empty()) return "";
+  std::string reason = inventory().reason;
+  for (const DeviceProperties& device : inventory().devices) {
+    reason += (reason.empty() ? "" : "; ") + device.why_not;
+  }
+  return reason;
+}
+
+bool is_usable(Device device, std::string* why_not) {
+  const std::vector<DeviceProperties>& devices = inventory().devices;
+  if (devices.empty()) {
+    *why_not = inventory().reason;
+    return false;
+  }
+  if (device.index < 0 || static_cast<size_t>(device.index) >= devices.size()) {
+    *why_not = "there is no " + to_string(device) + ", only " + std::to_string(devices.size()) +
+               " CUDA device(s)";
+    return false;
+  }
+  *why_not = devices[static_cast<size_t>(device.index)].why_not;
+  return why_not->empty();
+}
+
+int multiprocessor_count(Device device) {
+  std::string why_not;
+  if (!is_usable(device, &why_not)) throw Unsupported(to_string(device) + ": " + why_not);
+  return inventory().devices[static_cast<size_t>(device.index)].multiprocessors;
+}
+
+}  // namespace qlora_native::cuda

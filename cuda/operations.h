@@ -1,0 +1,27 @@
+// The CUDA kernels' host side, one function per entry of the tables in backend.cpp. The arguments
+// have been validated and describe at least one output element; everything is queued on the stream,
+// nothing allocates or waits.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "qlora_native/dequantize.h"
+#include "qlora_native/matmul.h"
+#include "qlora_native/quantize.h"
+
+namespace qlora_native::cuda {
+
+int64_t quantize_simt_workspace_bytes(const QuantizeArgs& args);
+void quantize_simt(const QuantizeArgs& args, Workspace workspace, Stream stream);
+
+void dequantize_simt(const DequantizeArgs& args, Workspace workspace, Stream stream);
+
+void gemv_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
+/// Whether the GEMV is the better choice for these arguments than the tiled kernel.
+bool prefers_gemv(const MatmulArgs& args);
+
+void gemm_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
+void gemm_transposed_simt(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
+
+}  // namespace qlora_native::cuda
