@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from qlora_native import kernels
+from qlora_native import kernels, nn
 from qlora_native._C import CudaError, __version__, cuda_unavailable_reason, list_devices
+from qlora_native.checkpoint import load_adapter, save_adapter
+from qlora_native.convert import quantize_model
 from qlora_native.functional import (
     QUANT_TYPES,
     QuantizedTensor,
@@ -11,19 +13,28 @@ from qlora_native.functional import (
     linear_4bit,
     quantize_4bit,
 )
+from qlora_native.nn import add_lora, merge_lora, prepare_for_training, unmerge_lora
 
 __all__ = [
     "QUANT_TYPES",
     "CudaError",
     "QuantizedTensor",
     "__version__",
+    "add_lora",
     "build_info",
     "cuda_unavailable_reason",
     "dequantize_4bit",
     "kernels",
     "linear_4bit",
     "list_devices",
+    "load_adapter",
+    "merge_lora",
+    "nn",
+    "prepare_for_training",
     "quantize_4bit",
+    "quantize_model",
+    "save_adapter",
+    "unmerge_lora",
 ]
 
 
