@@ -2,8 +2,8 @@
 
     python bench/plot.py bench/results/machine.json machine.png
 
-Times are medians on a logarithmic axis, one group of bars per problem; on a CPU those with reused
-memory.
+Bars are medians relative to the fastest of the problem, with their microseconds above them; on a
+CPU those with reused memory.
 """
 
 from __future__ import annotations
@@ -37,49 +37,56 @@ def draw(report: dict[str, Any], target: Path) -> None:
     """Draw one panel per operation; on a CPU, of the measurements with reused memory."""
     records = [r for r in report["records"] if r.get("memory", "reused") == "reused"]
     ops = [op for op in TITLES if any(record["op"] == op for record in records)]
-    names = [name for name in COLORS if any(record["impl"] == name for record in records)]
     if not ops:
         raise SystemExit("there are no records to draw")
     labels = {
         op: list(dict.fromkeys(_label(record) for record in records if record["op"] == op))
         for op in ops
     }
-    width = max(7.0, 1.5 + 0.85 * max(len(found) for found in labels.values()))
+    slots = max(len(found) for found in labels.values())
+    width = max(7.0, 1.5 + 0.85 * slots)
     figure, axes = plt.subplots(
         len(ops), 1, figsize=(width, 3.1 * len(ops) + 0.8), squeeze=False, layout="constrained"
     )
     for axis, op in zip(axes[:, 0], ops, strict=True):
-        _draw_panel(axis, [record for record in records if record["op"] == op], labels[op], names)
+        _draw_panel(axis, [record for record in records if record["op"] == op], labels[op], slots)
         axis.set_title(TITLES[op], loc="left", fontsize=11)
-    handles, shown = axes[-1, 0].get_legend_handles_labels()
-    figure.legend(handles, shown, loc="outside upper right", ncols=len(shown), frameon=False)
+    shown = {}
+    for axis in axes[:, 0]:
+        shown.update(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        shown.values(), shown.keys(), loc="outside upper right", ncols=len(shown), frameon=False
+    )
     figure.suptitle(f"{report['device']}, {records[0]['dtype']}", x=0.01, ha="left", fontsize=12)
     figure.savefig(target, dpi=140)
     plt.close(figure)
 
 
 def _draw_panel(
-    axis: plt.Axes, records: list[dict[str, Any]], labels: list[str], names: list[str]
+    axis: plt.Axes, records: list[dict[str, Any]], labels: list[str], slots: int
 ) -> None:
+    fastest = {
+        label: min(record["median_us"] for record in records if _label(record) == label)
+        for label in labels
+    }
+    names = [name for name in COLORS if any(record["impl"] == name for record in records)]
     bar = 0.8 / len(names)
     for index, name in enumerate(names):
-        by_label = {_label(record): record for record in records if record["impl"] == name}
-        places = [place for place, label in enumerate(labels) if label in by_label]
-        found = [by_label[labels[place]]["median_us"] for place in places]
+        times = {_label(r): r["median_us"] for r in records if r["impl"] == name}
+        places = [place for place, label in enumerate(labels) if label in times]
+        found = [times[labels[place]] for place in places]
         container = axis.bar(
             [place + (index - (len(names) - 1) / 2) * bar for place in places],
-            found,
+            [us / fastest[labels[place]] for us, place in zip(found, places, strict=True)],
             bar,
             label=name,
             color=COLORS[name],
         )
-        axis.bar_label(
-            container, [_time(value) for value in found], fontsize=6.5, rotation=90, padding=2
-        )
+        axis.bar_label(container, [_time(us) for us in found], fontsize=6.5, rotation=90, padding=2)
     axis.set_xticks(range(len(labels)), labels, fontsize=7.5)
-    axis.set_yscale("log")
-    axis.set_ylabel("µs (log)")
-    axis.margins(x=0.01, y=0.25)
+    axis.set_xlim(-0.6, slots - 0.4)
+    axis.set_ylabel("time, fastest = 1")
+    axis.margins(y=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
