@@ -21,8 +21,8 @@ if(QLORA_NATIVE_WITH_CUDA)
     CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
     CUDA_VISIBILITY_PRESET hidden)
   target_link_libraries(qlora_native PRIVATE CUDA::cudart_static)
-  target_compile_options(qlora_native PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra>)
+  set(cuda_options --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra)
+  target_compile_options(qlora_native PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
   if(QLORA_NATIVE_CUDA_SM90A_SOURCES)
     # CUDA_ARCHITECTURES is a property of a target, hence a library of its own.
     add_library(qlora_native_sm90a OBJECT ${QLORA_NATIVE_CUDA_SM90A_SOURCES})
@@ -32,7 +32,7 @@ if(QLORA_NATIVE_WITH_CUDA)
       CUDA_VISIBILITY_PRESET hidden POSITION_INDEPENDENT_CODE ON)
     target_include_directories(qlora_native_sm90a PRIVATE
       cpp/include cpp/src ${PROJECT_SOURCE_DIR}/cuda)
-    target_compile_options(qlora_native_sm90a PRIVATE --expt-relaxed-constexpr)
+    target_compile_options(qlora_native_sm90a PRIVATE ${cuda_options})
     target_sources(qlora_native PRIVATE $<TARGET_OBJECTS:qlora_native_sm90a>)
   endif()
   set(build_cuda_toolkit "${CMAKE_CUDA_COMPILER_VERSION}")

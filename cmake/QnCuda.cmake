@@ -17,6 +17,12 @@ if(NOT QLORA_NATIVE_CUDA STREQUAL "OFF")
                           "${CMAKE_CUDA_COMPILER_VERSION}. Configure with -DQLORA_NATIVE_CUDA=OFF "
                           "for a CPU-only build.")
     endif()
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+      # CMake 3.25 does not know that nvcc 12 and newer have C++20.
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+      list(APPEND CMAKE_CUDA_COMPILE_FEATURES cuda_std_20)
+    endif()
     find_package(CUDAToolkit REQUIRED)
     set(QLORA_NATIVE_WITH_CUDA ON)
   elseif(QLORA_NATIVE_CUDA STREQUAL "ON")
