@@ -27,6 +27,34 @@ class DefaultFloatEnvironment {
 
 bool always_usable(Device, std::string*) { return true; }
 
+#if defined(QN_CPU_X86)
+bool usable_if(bool present, const char* features, std::string* why_not) {
+  if (!present) *why_not = std::string("the processor, or the operating system, lacks ") + features;
+  return present;
+}
+
+// These name all that the kernels' compile flags let the compiler use, see sources.cmake.
+bool avx2_usable(Device, std::string* why_not) {
+  return usable_if(cpu_features().avx2, "AVX2, FMA or F16C", why_not);
+}
+
+bool avx512_usable(Device, std::string* why_not) {
+  return usable_if(cpu_features().avx512, "AVX-512 F, BW, VL or DQ", why_not);
+}
+
+/// Rows of X up to which decoding in registers beats decoding to panels, as measured.
+constexpr int64_t kGemvMaxRows = 8;
+
+bool gemv_supports(const MatmulArgs& args, std::string* why_not) {
+  return rows_hold_whole_blocks(args.weight, why_not);
+}
+bool gemv_supports(const MatmulTransposedArgs& args, std::string* why_not) {
+  return rows_hold_whole_blocks(args.weight, why_not);
+}
+bool gemv_preferred(const MatmulArgs& args) { return args.x.rows <= kGemvMaxRows; }
+bool gemv_preferred(const MatmulTransposedArgs& args) { return args.dy.rows <= kGemvMaxRows; }
+#endif
+
 template <EncodeBlocksFn kEncode>
 void quantize(const QuantizeArgs& args, Workspace workspace, Stream) {
   const DefaultFloatEnvironment environment;
@@ -39,13 +67,52 @@ void dequantize(const DequantizeArgs& args, Workspace, Stream) {
   run_dequantize(args, kDecode);
 }
 
-template <class Args, void (*kRun)(const Args&)>
-void product(const Args& args, Workspace, Stream) {
+template <class Args, void (*kRun)(const Args&, Workspace)>
+void product(const Args& args, Workspace workspace, Stream) {
   const DefaultFloatEnvironment environment;
-  kRun(args);
+  kRun(args, workspace);
 }
 
+#if defined(QN_CPU_X86)
+template <class Args>
+using ProductFn = void (*)(const Args&, Workspace);
+using UsableFn = bool (*)(Device, std::string*);
+
+int64_t product_workspace_bytes(const MatmulArgs& args) { return matmul_workspace_bytes(args); }
+int64_t product_workspace_bytes(const MatmulTransposedArgs& args) {
+  return matmul_transposed_workspace_bytes(args);
+}
+
+template <class Args, ProductFn<Args> kRun>
+constexpr KernelEntry<Args> gemv_entry(const char* name, UsableFn usable) {
+  return {.name = name,
+          .usable = usable,
+          .supports = gemv_supports,
+          .prefers = gemv_preferred,
+          .workspace_bytes = product_workspace_bytes,
+          .run = product<Args, kRun>};
+}
+
+template <class Args, ProductFn<Args> kRun>
+constexpr KernelEntry<Args> gemm_entry(const char* name, UsableFn usable) {
+  return {.name = name,
+          .usable = usable,
+          .workspace_bytes = product_workspace_bytes,
+          .run = product<Args, kRun>};
+}
+#endif
+
 constexpr KernelEntry<QuantizeArgs> kQuantize[] = {
+#if defined(QN_CPU_X86)
+    {.name = "avx512",
+     .usable = avx512_usable,
+     .workspace_bytes = quantize_workspace_bytes,
+     .run = quantize<encode_blocks_avx512>},
+    {.name = "avx2",
+     .usable = avx2_usable,
+     .workspace_bytes = quantize_workspace_bytes,
+     .run = quantize<encode_blocks_avx2>},
+#endif
     {.name = "scalar",
      .usable = always_usable,
      .workspace_bytes = quantize_workspace_bytes,
@@ -53,14 +120,30 @@ constexpr KernelEntry<QuantizeArgs> kQuantize[] = {
 };
 
 constexpr KernelEntry<DequantizeArgs> kDequantize[] = {
+#if defined(QN_CPU_X86)
+    {.name = "avx512", .usable = avx512_usable, .run = dequantize<decode_blocks_avx512>},
+    {.name = "avx2", .usable = avx2_usable, .run = dequantize<decode_blocks_avx2>},
+#endif
     {.name = "scalar", .usable = always_usable, .run = dequantize<decode_blocks_scalar>},
 };
 
 constexpr KernelEntry<MatmulArgs> kMatmul[] = {
+#if defined(QN_CPU_X86)
+    gemv_entry<MatmulArgs, gemv_avx512>("gemv_avx512", avx512_usable),
+    gemm_entry<MatmulArgs, gemm_avx512>("gemm_avx512", avx512_usable),
+    gemv_entry<MatmulArgs, gemv_avx2>("gemv_avx2", avx2_usable),
+    gemm_entry<MatmulArgs, gemm_avx2>("gemm_avx2", avx2_usable),
+#endif
     {.name = "scalar", .usable = always_usable, .run = product<MatmulArgs, matmul_scalar>},
 };
 
 constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposed[] = {
+#if defined(QN_CPU_X86)
+    gemv_entry<MatmulTransposedArgs, gemv_transposed_avx512>("gemv_avx512", avx512_usable),
+    gemm_entry<MatmulTransposedArgs, gemm_transposed_avx512>("gemm_avx512", avx512_usable),
+    gemv_entry<MatmulTransposedArgs, gemv_transposed_avx2>("gemv_avx2", avx2_usable),
+    gemm_entry<MatmulTransposedArgs, gemm_transposed_avx2>("gemm_avx2", avx2_usable),
+#endif
     {.name = "scalar",
      .usable = always_usable,
      .run = product<MatmulTransposedArgs, matmul_transposed_scalar>},

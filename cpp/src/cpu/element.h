@@ -35,12 +35,15 @@ constexpr uint32_t kInfinityBits = 0x7f800000u;
   return bits_float(sign | float_bits(scaled));
 }
 
-/// Rounds to nearest, ties to even; overflow gives an infinity; a NaN stays one.
+/// Rounds to nearest, ties to even; overflow gives an infinity; a NaN keeps the
+/// top of its payload, as the processor's own conversion has it.
 [[maybe_unused]] inline uint16_t float_to_half(float x) {
   const uint32_t bits = float_bits(x);
   const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > kInfinityBits) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude > kInfinityBits) {
+    return static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+  }
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more
   if (magnitude < 0x38800000u) {
     // Below the smallest normal half the spacing is 2^-24, which adding 0.5 makes the fp32 unit.

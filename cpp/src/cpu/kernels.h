@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "qlora_native/dequantize.h"
 #include "qlora_native/matmul.h"
@@ -41,7 +42,31 @@ void decode_elements(const QuantizedView& weight, int64_t begin, int64_t count, 
 
 // ---- matmul, reference ----
 
-void matmul_scalar(const MatmulArgs& args);
-void matmul_transposed_scalar(const MatmulTransposedArgs& args);
+void matmul_scalar(const MatmulArgs& args, Workspace workspace);
+void matmul_transposed_scalar(const MatmulTransposedArgs& args, Workspace workspace);
+
+// ---- matmul, vector kernels: all keep an fp32 copy of X, or dY, in an order of their own ----
+
+int64_t matmul_workspace_bytes(const MatmulArgs& args);
+int64_t matmul_transposed_workspace_bytes(const MatmulTransposedArgs& args);
+
+// ---- matmul, few rows of X: the weights are decoded in registers ----
+
+/// Whether every row of W starts at a block: what the gemv kernels need.
+bool rows_hold_whole_blocks(const QuantizedView& weight, std::string* why_not);
+
+void gemv_avx2(const MatmulArgs& args, Workspace workspace);
+void gemv_avx512(const MatmulArgs& args, Workspace workspace);
+
+void gemv_transposed_avx2(const MatmulTransposedArgs& args, Workspace workspace);
+void gemv_transposed_avx512(const MatmulTransposedArgs& args, Workspace workspace);
+
+// ---- matmul, many rows of X: the weights are decoded to panels of fp32 ----
+
+void gemm_avx2(const MatmulArgs& args, Workspace workspace);
+void gemm_avx512(const MatmulArgs& args, Workspace workspace);
+
+void gemm_transposed_avx2(const MatmulTransposedArgs& args, Workspace workspace);
+void gemm_transposed_avx512(const MatmulTransposedArgs& args, Workspace workspace);
 
 }  // namespace qlora_native::cpu

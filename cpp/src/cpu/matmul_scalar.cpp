@@ -13,7 +13,7 @@ constexpr int64_t kRows = 16;    ///< rows of X that share a decoded piece
 
 }  // namespace
 
-void matmul_scalar(const MatmulArgs& args) {
+void matmul_scalar(const MatmulArgs& args, Workspace) {
   const MatrixView& x = args.x;
   const MutableMatrixView& y = args.y;
   const int64_t k_size = args.weight.cols;
@@ -40,7 +40,7 @@ void matmul_scalar(const MatmulArgs& args) {
   });
 }
 
-void matmul_transposed_scalar(const MatmulTransposedArgs& args) {
+void matmul_transposed_scalar(const MatmulTransposedArgs& args, Workspace) {
   const MatrixView& dy = args.dy;
   const MutableMatrixView& dx = args.dx;
   const int64_t k_size = args.weight.cols;

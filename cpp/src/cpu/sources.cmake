@@ -4,6 +4,31 @@ set(QLORA_NATIVE_CPU_SOURCES
   cpp/src/cpu/cpu_features.cpp
   cpp/src/cpu/dequantize.cpp
   cpp/src/cpu/double_quantize.cpp
+  cpp/src/cpu/matmul.cpp
   cpp/src/cpu/matmul_scalar.cpp
   cpp/src/cpu/parallel.cpp
   cpp/src/cpu/quantize.cpp)
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  set(qn_cpu_avx2_sources
+    cpp/src/cpu/dequantize_avx2.cpp
+    cpp/src/cpu/gemm_avx2.cpp
+    cpp/src/cpu/gemv_avx2.cpp
+    cpp/src/cpu/quantize_avx2.cpp)
+  set(qn_cpu_avx512_sources
+    cpp/src/cpu/dequantize_avx512.cpp
+    cpp/src/cpu/gemm_avx512.cpp
+    cpp/src/cpu/gemv_avx512.cpp
+    cpp/src/cpu/quantize_avx512.cpp)
+  list(APPEND QLORA_NATIVE_CPU_SOURCES ${qn_cpu_avx2_sources} ${qn_cpu_avx512_sources})
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # GCC 12's own AVX-512 header leaves the operand of an unmasked intrinsic uninitialized.
+    set(qn_cpu_quiet "-Wno-uninitialized;-Wno-maybe-uninitialized")
+  endif()
+  # The kernels' `usable` predicates in backend.cpp check all of these at run time.
+  set_source_files_properties(${qn_cpu_avx2_sources} PROPERTIES
+    COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${qn_cpu_avx512_sources} PROPERTIES
+    COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c;${qn_cpu_quiet}")
+  set_source_files_properties(cpp/src/cpu/backend.cpp PROPERTIES COMPILE_DEFINITIONS QN_CPU_X86)
+endif()
