@@ -256,6 +256,10 @@ def prepare_for_training(
             f"{type(model).__name__} has no gradient_checkpointing_enable: call "
             "torch.utils.checkpoint in its forward and pass gradient_checkpointing=False here"
         )
+    # enable() registers the hooks that make the embeddings' output require gradients in some
+    # versions and for some models only, and anew every time.
+    if hasattr(model, "_require_grads_hooks"):
+        model.disable_input_require_grads()
     enable({"use_reentrant": use_reentrant})
     if not getattr(model, "_require_grads_hooks", None):
         require_grads()

@@ -183,11 +183,11 @@ class Linear4bit(nn.Linear):
         """The weight as a value; its tensors are views of the parameters."""
         if self.double_quant:
             constants = _as_fp32(self.weight_absmax2)
-            absmax, absmax2, offset = self.weight_absmax.detach(), constants[:-1], constants[-1]
+            absmax, absmax2, offset = self.weight_absmax, constants[:-1], constants[-1]
         else:
             absmax, absmax2, offset = _as_fp32(self.weight_absmax), None, None
         return QuantizedTensor(
-            packed=self.weight.detach().view(-1),
+            packed=self.weight.view(-1),
             absmax=absmax,
             absmax2=absmax2,
             offset=offset,
@@ -351,9 +351,9 @@ def _state_bytes(q: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def _as_fp32(raw: Tensor) -> Tensor:
-    raw = raw.detach()
-    # Only reached by a tensor that was put in place around register_parameter.
-    if raw.storage_offset() % 4:
+    # Misaligned only when put in place around register_parameter. The compiler cannot trace the
+    # question, and checks the alignment of its inputs itself.
+    if not torch.compiler.is_compiling() and raw.storage_offset() % 4:
         raw = raw.clone()
     return raw.view(torch.float32)
 
