@@ -11,12 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 from _models import randomize_adapters, tiny_llama, tiny_net, token_ids
-from torch import nn
-
 from qlora_native._files import atomic_write
 from qlora_native.checkpoint import load_adapter, save_adapter
 from qlora_native.convert import quantize_model
 from qlora_native.nn import LoraLinear, add_lora, lora_parameters, merge_lora, set_adapter
+from torch import nn
 
 peft = pytest.importorskip("peft")
 

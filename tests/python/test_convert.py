@@ -6,13 +6,12 @@ import gc
 import weakref
 
 import pytest
+import qlora_native as qn
 import torch
 from _models import tiny_llama, tiny_net, token_ids
-from torch import nn
-
-import qlora_native as qn
 from qlora_native.convert import quantize_model
 from qlora_native.nn import Linear4bit
+from torch import nn
 
 
 def linear_names(model: nn.Module, kind: type) -> set[str]:
@@ -177,6 +176,15 @@ def test_settings_reach_the_layers():
     assert (layer.block_size, layer.double_quant) == (32, False)
     assert layer.compute_dtype == torch.bfloat16
     assert not layer.training
+
+
+def test_the_model_ends_up_on_the_device(device):
+    expected, model = tiny_net(), tiny_net()
+    quantize_model(expected)
+    quantize_model(model, device=device)
+    assert {p.device.type for p in model.parameters()} == {device}
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert all(torch.equal(ours[name].cpu(), theirs[name]) for name in theirs)
 
 
 def test_dense_weights_die_one_by_one():

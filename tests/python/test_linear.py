@@ -7,12 +7,11 @@ import io
 import pickle
 
 import pytest
+import qlora_native as qn
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-import qlora_native as qn
 from qlora_native.nn import Linear4bit
+from torch import nn
 
 SHAPES = [(8, 64), (5, 37), (1, 1), (3, 130), (300, 256), (7, 2)]
 SETTINGS = [
@@ -105,7 +104,7 @@ def test_forward_is_the_dense_layer_with_the_decoded_weight(shape, bias, dtype):
     expected = F.linear(
         x.double(), layer.dequantize(torch.float32).double(), layer.bias.double() if bias else None
     )
-    # The weight the product sees is rounded to dtype, then the result is: a few units in the last place.
+    # The weight is rounded to dtype before the product, and the result after it: a few ulps.
     bound = 4 * torch.finfo(dtype).eps * (1 + x.double().abs().sum(-1, keepdim=True))
     assert ((y.double() - expected).abs() <= bound).all()
 
@@ -207,6 +206,22 @@ def test_casts_leave_the_packed_state_alone(cast):
         torch, {"float": "float32", "half": "float16", "double": "float64"}.get(cast, cast)
     )
     assert layer.weight_dtype == layer.dequantize().dtype == torch.float16
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_every_device_holds_the_same_bytes(device, double_quant):
+    linear = dense(300, 256)
+    expected = Linear4bit.from_linear(linear, double_quant=double_quant)
+    made_there = Linear4bit.from_linear(linear, double_quant=double_quant, device=device)
+    moved = copy.deepcopy(expected).to(device)
+    x = torch.randn(3, 256)
+    for layer in (made_there, moved):
+        assert {p.device.type for p in layer.parameters()} == {device}
+        assert all(
+            torch.equal(v.cpu(), expected.state_dict()[k]) for k, v in layer.state_dict().items()
+        )
+        torch.testing.assert_close(layer(x.to(device)).cpu(), expected(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(moved.dequantize().cpu(), expected.dequantize())
 
 
 def test_requantize_writes_into_the_same_storage():

@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _models import Block, randomize_adapters, tiny_llama, tiny_net, token_ids
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
 from qlora_native.convert import quantize_model
 from qlora_native.nn import (
     Linear4bit,
@@ -27,6 +24,8 @@ from qlora_native.nn import (
     set_adapter,
     unmerge_lora,
 )
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SUFFIXES = ["q_proj", "down_proj"]
 
@@ -193,7 +192,7 @@ def test_several_adapters():
         layer.set_adapter("third")
     with pytest.raises(ValueError, match="already exists"):
         layer.add_adapter("other", LoraSettings())
-    with pytest.raises(ValueError, match="'a.b'"):
+    with pytest.raises(ValueError, match=r"'a\.b'"):
         layer.add_adapter("a.b", LoraSettings())
 
 
@@ -517,6 +516,29 @@ def test_llama_trains_end_to_end_with_checkpointing(use_reentrant):
     merge_lora(model, dense=True)
     torch.testing.assert_close(model(ids).logits, out, rtol=1e-3, atol=1e-3)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_lowers_the_loss_on_every_device(device, dtype):
+    model = tiny_net().to(dtype)
+    quantize_model(model, device=device)
+    add_lora(model, r=4)
+    assert {p.device.type for p in lora_parameters(model)} == {device}
+    ids = token_ids().to(device)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = F.cross_entropy(model(ids).flatten(0, 1).float(), ids.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    before, out = state(model), model(ids)
+    merge_lora(model)
+    unmerge_lora(model)
+    assert same(before, state(model))
+    assert torch.equal(model(ids), out)
 
 
 def test_prepare_needs_the_interface_of_transformers():
