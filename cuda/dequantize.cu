@@ -72,23 +72,21 @@ __device__ __forceinline__ void store_item(T* target, const float (&weights)[8],
   }
 }
 
-template <class T, bool kDoubleQuant, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const __grid_constant__ DequantizeParams<T> p) {
+/// One tile. `kFull`: it lies inside the array, so that nothing is guarded and the items interleave.
+template <bool kFull, bool kAligned, class T, bool kDoubleQuant>
+__device__ __forceinline__ void decode_tile(const DequantizeParams<T>& p,
+                                            const ScaleReader<kDoubleQuant>& scales, int64_t first,
+                                            LookupTable& table) {
   constexpr int kElems = kVectorElems<T>;
-  constexpr int64_t kTile = int64_t{kThreads} * kItems * kElems;
-  __shared__ LookupTable table;
-  const ScaleReader<kDoubleQuant> scales(p.scales);
-
-  const int64_t first = blockIdx.x * kTile + static_cast<int64_t>(threadIdx.x) * kElems;
-  const auto elem_of = [first](int item) { return first + int64_t{item} * kThreads * kElems; };
+  constexpr int64_t kStride = int64_t{kThreads} * kElems;
+  const auto is_whole = [&](int64_t elem) { return kFull || elem + kElems <= p.numel; };
 
   uint32_t codes[kItems];
   RawScale raw[kItems];
 #pragma unroll
   for (int item = 0; item < kItems; ++item) {
-    const int64_t elem = elem_of(item);
-    if (elem + kElems <= p.numel) {
+    const int64_t elem = first + item * kStride;
+    if (is_whole(elem)) {
       codes[item] = load_item_codes<kAligned, T>(p.packed + elem / 2);
       raw[item] = scales.load(elem);
     }
@@ -98,8 +96,8 @@ __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll
   for (int item = 0; item < kItems; ++item) {
-    const int64_t elem = elem_of(item);
-    if (elem + kElems <= p.numel) {
+    const int64_t elem = first + item * kStride;
+    if (is_whole(elem)) {
       float weights[8];
       decode8(table, codes[item], weights);
       store_item<kAligned>(p.output + elem, weights, scales.decode(raw[item]));
@@ -110,6 +108,22 @@ __global__ void __launch_bounds__(kThreads)
         p.output[e] = from_float<T>(__fmul_rn(table[load_code(p.packed, e)], absmax));
       }
     }
+  }
+}
+
+template <class T, bool kDoubleQuant, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 6)
+    dequantize_kernel(const __grid_constant__ DequantizeParams<T> p) {
+  constexpr int kElems = kVectorElems<T>;
+  constexpr int64_t kTile = int64_t{kThreads} * kItems * kElems;
+  __shared__ LookupTable table;
+  const ScaleReader<kDoubleQuant> scales(p.scales);
+  const int64_t tile = blockIdx.x * kTile;
+  const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kElems;
+  if (tile + kTile <= p.numel) {
+    decode_tile<true, kAligned>(p, scales, first, table);
+  } else {
+    decode_tile<false, kAligned>(p, scales, first, table);
   }
 }
 

@@ -67,9 +67,10 @@ class ScaleReader {
   }
 
   __device__ __forceinline__ RawScale load(int64_t elem) const {
-    const int64_t block = elem >> scales_.block_shift;
+    // Unsigned: a division by the group size is then one shift.
+    const uint64_t block = static_cast<uint64_t>(elem) >> scales_.block_shift;
     if constexpr (kDoubleQuant) {
-      return {__ldg(scales_.absmax2 + (block / kGroupSize)), __ldg(scales_.codes + block)};
+      return {__ldg(scales_.absmax2 + block / kGroupSize), __ldg(scales_.codes + block)};
     } else {
       return {__ldg(scales_.values + block), 0};
     }

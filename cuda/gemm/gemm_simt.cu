@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     gemm_kernel(const __grid_constant__ GemmParams<T> p) {
   constexpr int kRowsPerThread = kTileRows / 16;
   __shared__ LookupTable table;
-  __shared__ alignas(16) float activation_tile[kTileDepth][kTileRows + kPadding];
-  __shared__ alignas(16) float weight_tile[kTileDepth][kGemmTileCols + kPadding];
+  alignas(16) __shared__ float activation_tile[kTileDepth][kTileRows + kPadding];
+  alignas(16) __shared__ float weight_tile[kTileDepth][kGemmTileCols + kPadding];
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row0 = blockIdx.x % p.row_tiles * kTileRows;
   const int64_t col0 = blockIdx.x / p.row_tiles * kGemmTileCols;

@@ -2,8 +2,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "qlora_native/error.h"
-
 namespace qlora_native::cuda {
 namespace {
 
@@ -104,12 +102,6 @@ bool is_usable(Device device, std::string* why_not) {
   }
   *why_not = devices[static_cast<size_t>(device.index)].why_not;
   return why_not->empty();
-}
-
-int multiprocessor_count(Device device) {
-  std::string why_not;
-  if (!is_usable(device, &why_not)) throw Unsupported(to_string(device) + ": " + why_not);
-  return inventory().devices[static_cast<size_t>(device.index)].multiprocessors;
 }
 
 }  // namespace qlora_native::cuda

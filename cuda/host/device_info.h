@@ -18,7 +18,4 @@ std::string unavailable_reason();
 /// Whether `device` exists and has compute capability 8.0 or more; if not, says why in `*why_not`.
 bool is_usable(Device device, std::string* why_not);
 
-/// Number of multiprocessors of a usable device.
-int multiprocessor_count(Device device);
-
 }  // namespace qlora_native::cuda
