@@ -218,7 +218,7 @@ def _quantize_4bit_fake(
     packed = input.new_empty(_checks.packed_bytes(numel), dtype=torch.uint8)
     absmax = input.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
     absmax2 = input.new_empty(groups, dtype=torch.float32)
-    out_offset = input.new_empty((), dtype=torch.float32)
+    out_offset = input.new_empty(() if double_quant else (0,), dtype=torch.float32)
     return packed, absmax, absmax2, out_offset
 
 

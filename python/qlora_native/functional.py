@@ -123,6 +123,7 @@ def quantize_4bit(
         TypeError: `w` is not one of the float types.
         ValueError: another argument is out of its range, or `check_finite` found bad values.
     """
+    _checks.check_block_size(block_size)
     if check_finite and w.numel() > 0:
         bad = int((~torch.isfinite(w)).sum())
         if bad:
@@ -182,8 +183,9 @@ def linear_4bit(
         TypeError, ValueError: shapes, dtypes or devices do not fit; the message holds them.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype.is_floating_point:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        if x.dtype.is_floating_point:
+            x = x.to(torch.get_autocast_dtype(device_type))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     weight = _weight_arguments(q)

@@ -1,0 +1,38 @@
+"""Options, devices and reproducibility for every test."""
+
+import os
+
+# No test may reach for a network: models are made on the spot.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+import qlora_native as qn
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    no_gpu = qn.cuda_unavailable_reason() or (
+        "" if torch.cuda.is_available() else "torch sees no CUDA device"
+    )
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="needs --slow"))
+        if "gpu" in item.keywords and no_gpu:
+            item.add_marker(pytest.mark.skip(reason=no_gpu))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Every kind of device: the same test body runs on each."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
