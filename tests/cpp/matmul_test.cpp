@@ -1,0 +1,307 @@
+// matmul_4bit and matmul_4bit_transposed against fp64 products of the decoded weight.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "support/kernel_runs.h"
+#include "support/number_formats.h"
+#include "support/problem.h"
+
+namespace qlora_native::testing {
+namespace {
+
+/// A product out[M, C] = A[M, D] * B[D, C] (+ bias), as the library is asked for it.
+struct Product {
+  WeightSpec weight;
+  int64_t m = 1;
+  DType dtype = DType::kFloat32;
+  bool transposed = false;  ///< B = W instead of W^T
+  bool has_bias = false;
+  int64_t a_padding = 0;    ///< elements between the rows of A
+  int64_t out_padding = 0;  ///< elements between the rows of out
+
+  int64_t depth() const { return transposed ? weight.rows : weight.cols; }
+  int64_t columns() const { return transposed ? weight.cols : weight.rows; }
+  Op op() const { return transposed ? Op::kMatmul4bitTransposed : Op::kMatmul4bit; }
+};
+
+struct Inputs {
+  HostWeight weight;
+  std::vector<double> a;     ///< [m, depth]
+  std::vector<double> bias;  ///< [columns] or empty
+};
+
+Inputs make_inputs(const Product& p, uint32_t seed) {
+  Inputs inputs;
+  inputs.weight = random_weight(p.weight, seed);
+  inputs.a = gaussian(p.m * p.depth(), p.dtype, seed + 1);
+  if (p.has_bias) inputs.bias = gaussian(p.columns(), p.dtype, seed + 2);
+  return inputs;
+}
+
+struct Reference {
+  std::vector<double> exact;       ///< fp64 product of the fp32 weights
+  std::vector<double> magnitude;   ///< the same of the absolute values
+  std::vector<double> from_dtype;  ///< fp64 product of weights rounded to dtype, rounded to dtype
+};
+
+Reference multiply(const Product& p, const Inputs& inputs) {
+  const std::vector<double> w = reference_decode(p.weight, inputs.weight);
+  const auto columns = static_cast<size_t>(p.columns());
+  const auto depth = static_cast<size_t>(p.depth());
+  const auto k_size = static_cast<size_t>(p.weight.cols);
+  Reference r;
+  for (size_t m = 0; m < static_cast<size_t>(p.m); ++m) {
+    for (size_t c = 0; c < columns; ++c) {
+      double exact = p.has_bias ? inputs.bias[c] : 0.0;
+      double magnitude = std::fabs(exact);
+      double rounded = exact;
+      for (size_t d = 0; d < depth; ++d) {
+        const double a = inputs.a[m * depth + d];
+        const double b = p.transposed ? w[d * k_size + c] : w[c * k_size + d];
+        exact += a * b;
+        magnitude += std::fabs(a * b);
+        rounded += a * round_to(p.dtype, b);
+      }
+      r.exact.push_back(exact);
+      r.magnitude.push_back(magnitude);
+      r.from_dtype.push_back(round_to(p.dtype, rounded));
+    }
+  }
+  return r;
+}
+
+/// Rows of `cols` values with `padding` poisoned elements behind each.
+std::vector<uint8_t> with_padding(DType dtype, const std::vector<double>& values, int64_t rows, int64_t cols,
+                                  int64_t padding) {
+  std::vector<uint8_t> bytes;
+  const std::vector<uint8_t> dense = to_bytes(dtype, values);
+  const int64_t row_bytes = cols * size_bytes(dtype);
+  for (int64_t row = 0; row < rows; ++row) {
+    bytes.insert(bytes.end(), dense.begin() + row * row_bytes, dense.begin() + (row + 1) * row_bytes);
+    bytes.insert(bytes.end(), static_cast<size_t>(padding * size_bytes(dtype)), 0xff);
+  }
+  return bytes;
+}
+
+/// Runs the product; returns out, dense, having checked that nothing else was written.
+std::vector<double> run_on(Device device, const Product& p, const Inputs& inputs) {
+  DeviceWeight weight(device, p.weight, inputs.weight);
+  const auto a_bytes = with_padding(p.dtype, inputs.a, p.m, p.depth(), p.a_padding);
+  const auto bias_bytes = to_bytes(p.dtype, inputs.bias);
+  DeviceArray<uint8_t> a(device, std::span<const uint8_t>(a_bytes));
+  DeviceArray<uint8_t> bias(device, std::span<const uint8_t>(bias_bytes));
+  const int64_t out_stride = p.columns() + p.out_padding;
+  DeviceArray<uint8_t> out(device, p.m * out_stride * size_bytes(p.dtype));
+
+  const MatrixView a_view{a.data(), p.m, p.depth(), p.depth() + p.a_padding, p.dtype, device};
+  const MutableMatrixView out_view{out.data(), p.m, p.columns(), out_stride, p.dtype, device};
+  const TestStream stream(device);
+  if (p.transposed) {
+    const MatmulTransposedArgs args{a_view, weight.view(), out_view};
+    DeviceArray<uint8_t> workspace(device, matmul_4bit_transposed_workspace_bytes(args));
+    matmul_4bit_transposed(args, {workspace.data(), workspace.size()}, stream.get());
+    stream.synchronize();
+    workspace.expect_guards_intact();
+  } else {
+    MatmulArgs args{a_view, weight.view(), {}, out_view};
+    if (p.has_bias) args.bias = {bias.data(), p.columns(), p.dtype, device};
+    DeviceArray<uint8_t> workspace(device, matmul_4bit_workspace_bytes(args));
+    matmul_4bit(args, {workspace.data(), workspace.size()}, stream.get());
+    stream.synchronize();
+    workspace.expect_guards_intact();
+  }
+  out.expect_guards_intact();
+
+  const std::vector<uint8_t> bytes = out.to_host();
+  std::vector<uint8_t> dense;
+  const int64_t width = size_bytes(p.dtype);
+  for (int64_t row = 0; row < p.m; ++row) {
+    const auto begin = bytes.begin() + row * out_stride * width;
+    dense.insert(dense.end(), begin, begin + p.columns() * width);
+    for (int64_t i = p.columns() * width; i < out_stride * width; ++i) {
+      EXPECT_EQ(begin[i], 0xff) << "padding of row " << row << " was written to";
+    }
+  }
+  return from_bytes(p.dtype, dense);
+}
+
+double root_mean_square(const std::vector<double>& a, const std::vector<double>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  return std::sqrt(sum / static_cast<double>(a.size()));
+}
+
+void expect_accurate(const Product& p, const Reference& r, const std::vector<double>& actual, Device device) {
+  ASSERT_EQ(actual.size(), r.exact.size());
+  const double fp32 = unit_roundoff(DType::kFloat32);
+  // A sum in fp32 of `depth` terms; the GPU's tensor cores may round the weights to dtype as well.
+  double relative = fp32 * (8 + 2 * std::sqrt(static_cast<double>(p.depth())));
+  if (device.is_cuda()) relative += unit_roundoff(p.dtype);
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double bound = std::fabs(r.exact[i]) * unit_roundoff(p.dtype) * 1.01 + relative * r.magnitude[i];
+    ASSERT_NEAR(actual[i], r.exact[i], bound)
+        << "row " << i / static_cast<size_t>(p.columns()) << ", column "
+        << i % static_cast<size_t>(p.columns());
+  }
+  if (p.dtype != DType::kFloat32 && actual.size() >= 64) {
+    EXPECT_LE(root_mean_square(actual, r.exact), 1.02 * root_mean_square(r.from_dtype, r.exact))
+        << "worse than dequantize_4bit followed by a product of rounded weights";
+  }
+}
+
+void expect_every_kernel_accurate(const Product& p, uint32_t seed) {
+  SCOPED_TRACE(::testing::Message() << p.weight << ", M " << p.m << ", " << name(p.dtype));
+  const Inputs inputs = make_inputs(p, seed);
+  const Reference reference = multiply(p, inputs);
+  for (const Device device : test_devices()) {
+    for_each_kernel(p.op(), device,
+                    [&] { expect_accurate(p, reference, run_on(device, p, inputs), device); });
+  }
+}
+
+class Matmul : public ::testing::TestWithParam<bool> {
+ protected:
+  bool transposed() const { return GetParam(); }
+};
+
+INSTANTIATE_TEST_SUITE_P(BothDirections, Matmul, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "Transposed" : "Forward"; });
+
+TEST_P(Matmul, EveryNumberOfRows) {
+  uint32_t seed = 60;
+  const WeightSpec weights[] = {{48, 192, 64, kNF4, true}, {33, 99, 64, kNF4, false}};
+  for (const WeightSpec& weight : weights) {
+    for (const int64_t m : {1, 2, 3, 4, 5, 8, 14, 15, 17, 64, 130}) {
+      expect_every_kernel_accurate({weight, m, kAllDTypes[m % 3], transposed()}, ++seed);
+    }
+  }
+}
+
+TEST_P(Matmul, EveryShape) {
+  uint32_t seed = 100;
+  // One row; one column; odd; K not a multiple of the block; more than one segment of 64 blocks, with
+  // groups that end inside a row; deeper than a panel; blocks longer than a row.
+  const int64_t shapes[][3] = {{1, 64, 64},    {1, 4096, 4096}, {64, 1, 64},  {7, 99, 32},   {13, 31, 64},
+                               {5, 192, 128},  {9, 4480, 64},   {3, 2112, 32}, {300, 64, 64}, {270, 33, 64},
+                               {40, 96, 4096}, {64, 160, 32},   {2, 8192, 2048}};
+  for (const auto& [rows, cols, block_size] : shapes) {
+    for (const bool double_quant : {false, true}) {
+      const WeightSpec weight{rows, cols, block_size, kNF4, double_quant};
+      for (const int64_t m : {1, 3, 20}) {
+        expect_every_kernel_accurate({weight, m, kAllDTypes[(rows + m) % 3], transposed()}, ++seed);
+      }
+    }
+  }
+}
+
+TEST_P(Matmul, EveryTypeAndDtype) {
+  uint32_t seed = 200;
+  for (const Codebook& book : {kNF4, kFP4, kINT4, uneven_codebook()}) {
+    for (const DType dtype : kAllDTypes) {
+      for (const int64_t m : {1, 6, 18}) {
+        expect_every_kernel_accurate({{24, 128, 64, book, true}, m, dtype, transposed()}, ++seed);
+      }
+    }
+  }
+}
+
+TEST_P(Matmul, StridedRows) {
+  uint32_t seed = 300;
+  for (const int64_t m : {1, 5, 33}) {
+    Product p{{17, 128, 64, kNF4, true}, m, DType::kBFloat16, transposed()};
+    p.a_padding = 3;
+    p.out_padding = 5;
+    expect_every_kernel_accurate(p, ++seed);
+  }
+}
+
+TEST_P(Matmul, MoreRowsThanOnePass) {
+  expect_every_kernel_accurate({{37, 128, 64, kNF4, false}, 300, DType::kFloat32, transposed()}, 400);
+}
+
+TEST_P(Matmul, RepeatsItsBitsWithEveryNumberOfThreads) {
+  for (const int64_t m : {1, 4, 40}) {
+    const Product p{{130, 2304, 64, kNF4, true}, m, DType::kFloat32, transposed()};
+    const Inputs inputs = make_inputs(p, 500);
+    for_each_kernel(p.op(), Device::cpu(), [&] {
+      const int threads_before = cpu_threads();
+      set_cpu_threads(1);
+      const std::vector<double> expected = run_on(Device::cpu(), p, inputs);
+      for (const int threads : {2, 5}) {
+        set_cpu_threads(threads);
+        EXPECT_EQ(run_on(Device::cpu(), p, inputs), expected) << threads << " threads";
+      }
+      set_cpu_threads(threads_before);
+    });
+  }
+}
+
+TEST_P(Matmul, NothingToDo) {
+  for (const Device device : test_devices()) {
+    const TestStream stream(device);
+    for (const auto& [m, rows, cols] : {std::array<int64_t, 3>{0, 8, 64}, {3, 0, 64}, {3, 8, 0}}) {
+      const Product p{{rows, cols, 64, kNF4, false}, m, DType::kFloat32, transposed()};
+      const std::vector<double> out = run_on(device, p, make_inputs(p, 600));
+      // Without a term the sum is zero.
+      EXPECT_EQ(out, std::vector<double>(static_cast<size_t>(p.m * p.columns()), 0.0));
+    }
+  }
+}
+
+TEST_P(Matmul, NanBlocksSpreadOnlyToWhatUsesThem) {
+  Product p{{6, 128, 64, kNF4, false}, 3, DType::kFloat32, transposed()};
+  Inputs inputs = make_inputs(p, 700);
+  inputs.weight.absmax[4] = std::numeric_limits<float>::quiet_NaN();  // row 2, columns 0..63
+  for (const Device device : test_devices()) {
+    for_each_kernel(p.op(), device, [&] {
+      const std::vector<double> out = run_on(device, p, inputs);
+      for (size_t i = 0; i < out.size(); ++i) {
+        const size_t column = i % static_cast<size_t>(p.columns());
+        EXPECT_EQ(std::isnan(out[i]), transposed() ? column < 64 : column == 2) << i;
+      }
+    });
+  }
+}
+
+TEST(MatmulBias, IsAddedBeforeTheOneRounding) {
+  uint32_t seed = 800;
+  for (const DType dtype : kAllDTypes) {
+    for (const int64_t m : {1, 5, 21}) {
+      for (const int64_t cols : {128, 99}) {
+        Product p{{65, cols, 64, kNF4, true}, m, dtype, false};
+        p.has_bias = true;
+        expect_every_kernel_accurate(p, ++seed);
+      }
+    }
+  }
+}
+
+TEST(MatmulBias, IsAllThereIsWhenKIsZero) {
+  Product p{{9, 0, 64, kNF4, false}, 4, DType::kBFloat16, false};
+  p.has_bias = true;
+  const Inputs inputs = make_inputs(p, 900);
+  for (const Device device : test_devices()) {
+    for_each_kernel(p.op(), device, [&] {
+      const std::vector<double> out = run_on(device, p, inputs);
+      for (size_t i = 0; i < out.size(); ++i) EXPECT_EQ(out[i], inputs.bias[i % 9]) << i;
+    });
+  }
+}
+
+TEST(MatmulKernels, OnTheCpuOnlyGemvDeclinesAShape) {
+  for (const bool transposed : {false, true}) {
+    const Product p{{5, 99, 64, kNF4, false}, 2, DType::kFloat32, transposed};
+    const Inputs inputs = make_inputs(p, 1000);
+    const auto ran = for_each_kernel(p.op(), Device::cpu(), [&] { run_on(Device::cpu(), p, inputs); });
+    for (const std::string& kernel : usable_kernels(p.op(), Device::cpu())) {
+      const bool declines = kernel.starts_with("gemv");
+      EXPECT_EQ(std::find(ran.begin(), ran.end(), kernel) == ran.end(), declines) << kernel;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native::testing

@@ -1,0 +1,48 @@
+#include "support/kernel_runs.h"
+
+#include <gtest/gtest.h>
+
+#include "support/device_memory.h"
+
+namespace qlora_native::testing {
+
+std::vector<Device> test_devices() {
+  std::vector<Device> devices = {Device::cpu()};
+  if (cuda_available()) devices.push_back(Device::cuda(0));
+  return devices;
+}
+
+std::vector<std::string> usable_kernels(Op op, Device device) {
+  std::vector<std::string> names;
+  for (const KernelInfo& info : list_kernels()) {
+    if (info.op == op && info.device == device.type && info.usable) names.push_back(info.name);
+  }
+  return names;
+}
+
+ForcedKernel::ForcedKernel(Op op, DeviceType device, const std::string& name) : op_(op), device_(device) {
+  force_kernel(op, device, name);
+}
+
+ForcedKernel::~ForcedKernel() { force_kernel(op_, device_, ""); }
+
+std::vector<std::string> for_each_kernel(Op op, Device device, const std::function<void()>& body) {
+  std::vector<std::string> ran;
+  for (const std::string& kernel : usable_kernels(op, device)) {
+    SCOPED_TRACE(std::string(name(op)) + " on " + to_string(device) + " by " + kernel);
+    const ForcedKernel forced(op, device.type, kernel);
+    try {
+      body();
+    } catch (const Unsupported&) {
+      continue;
+    }
+    EXPECT_EQ(last_kernel(op), kernel);
+    ran.push_back(kernel);
+  }
+  EXPECT_FALSE(ran.empty()) << "no kernel of " << name(op) << " took the case on " << to_string(device);
+  SCOPED_TRACE(std::string(name(op)) + " on " + to_string(device) + ", automatic choice");
+  body();
+  return ran;
+}
+
+}  // namespace qlora_native::testing

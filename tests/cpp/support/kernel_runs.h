@@ -1,0 +1,36 @@
+// Running one test body on every device and every kernel.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "qlora_native/qlora_native.h"
+
+namespace qlora_native::testing {
+
+/// The CPU, and the first GPU when there is one.
+std::vector<Device> test_devices();
+
+/// Kernels of `op` that the machine's `device` can run.
+std::vector<std::string> usable_kernels(Op op, Device device);
+
+/// Runs `body` once for each usable kernel, with that kernel forced, and once with the automatic
+/// choice. A kernel that declines the case (Unsupported) is skipped; at least one must take it, and
+/// the one that ran must be the one that was forced. Returns the names of those that ran.
+std::vector<std::string> for_each_kernel(Op op, Device device, const std::function<void()>& body);
+
+/// Forces a kernel on the calling thread for the length of a scope.
+class ForcedKernel {
+ public:
+  ForcedKernel(Op op, DeviceType device, const std::string& name);
+  ~ForcedKernel();
+  ForcedKernel(const ForcedKernel&) = delete;
+  ForcedKernel& operator=(const ForcedKernel&) = delete;
+
+ private:
+  Op op_;
+  DeviceType device_;
+};
+
+}  // namespace qlora_native::testing
