@@ -1,60 +1,20 @@
-"""Adapter files: both ways with PEFT, and every way they can be wrong."""
+"""Adapter files: exact round trips, whole files, and every way they can be wrong."""
 
 from __future__ import annotations
 
-import copy
 import json
 import stat
-import warnings
 
 import pytest
 import safetensors.torch
 import torch
-from _models import randomize_adapters, tiny_llama, tiny_net, token_ids
+from _adapted import SUFFIXES, quantized_net, same, state, trained_net
+from _models import tiny_net, token_ids
 from qlora_native._files import atomic_write
 from qlora_native.checkpoint import load_adapter, save_adapter
-from qlora_native.convert import quantize_model
-from qlora_native.nn import LoraLinear, add_lora, lora_parameters, merge_lora, set_adapter
-from torch import nn
+from qlora_native.nn import add_lora, lora_parameters, merge_lora, set_adapter
 
-peft = pytest.importorskip("peft")
-
-SUFFIXES = ["q_proj", "down_proj"]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings_from_peft():
-    # PEFT warns about models that are not from transformers; that is no concern of these tests.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def trained(net=None, **settings) -> nn.Module:
-    """A model with an adapter whose values (and trainable biases) make a difference."""
-    model = net or tiny_net()
-    add_lora(model, **({"r": 3, "alpha": 5, "target_modules": SUFFIXES} | settings))
-    randomize_adapters(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_" not in name:
-                parameter.add_(0.25)
-    return model.eval()
-
-
-def quantized():
-    model = tiny_net()
-    quantize_model(model)
-    return model.eval()
-
-
-def state(model):
-    return copy.deepcopy(dict(model.state_dict()))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def edit_config(folder, **changes):
@@ -70,137 +30,8 @@ def edit_weights(folder, edit):
 
 @pytest.fixture
 def saved(tmp_path):
-    save_adapter(trained(), tmp_path / "adapter")
+    save_adapter(trained_net(), tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-# ---- PEFT ----
-
-
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_peft_loads_our_file_and_computes_the_same(tmp_path, use_rslora, bias):
-    model = trained(use_rslora=use_rslora, bias=bias)
-    save_adapter(model, tmp_path)
-    other = peft.PeftModel.from_pretrained(tiny_net(), str(tmp_path)).eval()
-    ids = token_ids()
-    assert not torch.equal(model(ids), tiny_net()(ids))
-    assert torch.equal(model(ids), other(ids))
-    adapted = {n for n, m in other.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    ours = {n for n, m in model.named_modules() if isinstance(m, LoraLinear)}
-    assert adapted == {f"base_model.model.{n}" for n in ours}
-
-
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_we_load_peft_files_and_compute_the_same(tmp_path, use_rslora, bias):
-    config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=SUFFIXES, bias=bias, use_rslora=use_rslora
-    )
-    theirs = peft.get_peft_model(tiny_net(), config)
-    randomize_adapters(theirs)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad and "lora_" not in name:
-                parameter.add_(0.25)
-    theirs.eval().save_pretrained(str(tmp_path))
-    model = tiny_net().eval()
-    report = load_adapter(model, tmp_path)
-    assert len(report.targets) == 4
-    ids = token_ids()
-    assert torch.equal(model(ids), theirs(ids))
-    # And what we write is what they wrote.
-    save_adapter(model, tmp_path / "again")
-    first = safetensors.torch.load_file(tmp_path / WEIGHTS)
-    assert same(first, safetensors.torch.load_file(tmp_path / "again" / WEIGHTS))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": "all-linear"},
-        {"target_modules": r"layers\.1\..*_proj"},
-        {"target_modules": SUFFIXES, "exclude_modules": ["layers.0.q_proj"]},
-        {"target_modules": SUFFIXES, "init_lora_weights": "gaussian"},
-    ],
-)
-def test_we_read_every_way_peft_has_of_choosing_layers(tmp_path, options):
-    theirs = peft.get_peft_model(tiny_net(), peft.LoraConfig(r=2, lora_alpha=4, **options))
-    randomize_adapters(theirs)
-    theirs.eval().save_pretrained(str(tmp_path))
-    model = tiny_net().eval()
-    load_adapter(model, tmp_path)
-    assert torch.equal(model(token_ids()), theirs(token_ids()))
-
-
-def test_we_read_adapters_on_some_of_the_layers(tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
-    theirs = peft.get_peft_model(tiny_llama(), config)
-    randomize_adapters(theirs)
-    theirs.eval().save_pretrained(str(tmp_path))
-    model = tiny_llama().eval()
-    assert load_adapter(model, tmp_path).targets == ("model.layers.1.self_attn.q_proj",)
-    ids = token_ids(vocabulary=64)
-    assert torch.equal(model(ids).logits, theirs(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"trainable_token_indices": {"embed": [1]}}, "trainable_token_indices"),
-    ],
-)
-def test_options_we_cannot_honour_are_refused_by_name(tmp_path, options, named):
-    config = peft.LoraConfig(r=3, target_modules=SUFFIXES, **options)
-    peft.get_peft_model(tiny_net(), config).save_pretrained(str(tmp_path))
-    model = tiny_net()
-    before = state(model)
-    with pytest.raises(NotImplementedError, match=named):
-        load_adapter(model, tmp_path)
-    assert same(before, state(model))
-
-
-def test_other_kinds_of_adapters_are_refused(tmp_path):
-    config = peft.IA3Config(target_modules=SUFFIXES, feedforward_modules=[])
-    peft.get_peft_model(tiny_net(), config).save_pretrained(str(tmp_path))
-    with pytest.raises(NotImplementedError, match="IA3"):
-        load_adapter(tiny_net(), tmp_path)
-
-
-def test_llama_with_peft(tmp_path):
-    model = tiny_llama().eval()
-    model.config._name_or_path = "some/base"
-    add_lora(model, r=4)
-    randomize_adapters(model)
-    save_adapter(model, tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    assert config["task_type"] == "CAUSAL_LM"
-    assert config["base_model_name_or_path"] == "some/base"
-    assert config["target_modules"] == sorted(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-    other = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
-    assert type(other) is peft.PeftModelForCausalLM
-    ids = token_ids(vocabulary=64)
-    assert torch.equal(model(ids).logits, other(ids).logits)
-
-
-def test_targets_that_no_list_of_names_can_say(tmp_path):
-    # Only one of two layers called q_proj: PEFT must not adapt the other.
-    model = trained(target_modules=["layers.1.q_proj"])
-    save_adapter(model, tmp_path)
-    other = peft.PeftModel.from_pretrained(tiny_net(), str(tmp_path)).eval()
-    layers = [n for n, m in other.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    assert layers == ["base_model.model.layers.1.q_proj"]
-    assert torch.equal(model(token_ids()), other(token_ids()))
-    reloaded = tiny_net().eval()
-    assert load_adapter(reloaded, tmp_path).targets == ("layers.1.q_proj",)
 
 
 # ---- round trips ----
@@ -208,9 +39,9 @@ def test_targets_that_no_list_of_names_can_say(tmp_path):
 
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_reload_on_the_quantized_model_is_exact(tmp_path, bias):
-    model = trained(quantized(), bias=bias)
+    model = trained_net(quantized_net().eval(), bias=bias)
     save_adapter(model, tmp_path)
-    other = quantized()
+    other = quantized_net().eval()
     report = load_adapter(other, tmp_path)
     assert same(state(model), state(other))
     assert torch.equal(model(token_ids()), other(token_ids()))
@@ -219,19 +50,19 @@ def test_reload_on_the_quantized_model_is_exact(tmp_path, bias):
 
 
 def test_trainable_and_dtype(tmp_path):
-    save_adapter(trained(quantized(), adapter_dtype=torch.bfloat16), tmp_path)
-    other = quantized()
+    save_adapter(trained_net(quantized_net().eval(), adapter_dtype=torch.bfloat16), tmp_path)
+    other = quantized_net().eval()
     report = load_adapter(other, tmp_path, trainable=True)
     assert {p.dtype for p in lora_parameters(other)} == {torch.bfloat16}
     assert report.trainable == sum(p.numel() for p in lora_parameters(other))
     assert all(p.requires_grad for p in lora_parameters(other))
-    wide = quantized()
+    wide = quantized_net().eval()
     load_adapter(wide, tmp_path, adapter_dtype=torch.float32)
     assert {p.dtype for p in lora_parameters(wide)} == {torch.float32}
 
 
 def test_several_adapters_by_name(tmp_path):
-    model = trained(quantized())
+    model = trained_net(quantized_net().eval())
     ids = token_ids()
     first = model(ids)
     save_adapter(model, tmp_path / "first")
@@ -245,7 +76,7 @@ def test_several_adapters_by_name(tmp_path):
     assert keys == {
         f"base_model.model.layers.{i}.up_proj.lora_{x}.weight" for i in range(2) for x in "AB"
     }
-    other = quantized()
+    other = quantized_net().eval()
     load_adapter(other, tmp_path / "first", adapter_name="a")
     load_adapter(other, tmp_path / "second", adapter_name="b")
     assert torch.equal(other(ids), second)
@@ -256,7 +87,7 @@ def test_several_adapters_by_name(tmp_path):
 
 
 def test_loading_into_an_existing_adapter_keeps_its_parameters(saved):
-    model = trained()
+    model = trained_net()
     want = state(model)
     parameters = list(lora_parameters(model))
     with torch.no_grad():
@@ -271,7 +102,7 @@ def test_loading_into_an_existing_adapter_keeps_its_parameters(saved):
         ({"target_modules": [*SUFFIXES, "up_proj"]}, "model only|missing"),
         ({"adapter_dtype": torch.bfloat16}, "bfloat16"),
     ):
-        other = trained(**arguments)
+        other = trained_net(**arguments)
         before = state(other)
         with pytest.raises(ValueError, match=error):
             load_adapter(other, saved, adapter_dtype=torch.float32)
@@ -279,7 +110,7 @@ def test_loading_into_an_existing_adapter_keeps_its_parameters(saved):
 
 
 def test_saving_while_merged_and_refusing_to_load(saved, tmp_path):
-    model = trained()
+    model = trained_net()
     merge_lora(model)
     save_adapter(model, tmp_path / "merged")
     assert same(
@@ -291,7 +122,7 @@ def test_saving_while_merged_and_refusing_to_load(saved, tmp_path):
 
 
 def test_a_compiled_model_saves_the_same_keys(saved, tmp_path):
-    model = trained()
+    model = trained_net()
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
     save_adapter(torch.compile(model, backend="eager"), tmp_path / "compiled")
     a = safetensors.torch.load_file(saved / WEIGHTS)
@@ -303,7 +134,7 @@ def test_a_compiled_model_saves_the_same_keys(saved, tmp_path):
 
 def test_refuses_to_overwrite(saved):
     before = (saved / WEIGHTS).read_bytes()
-    model = trained()
+    model = trained_net()
     next(lora_parameters(model)).data.zero_()
     with pytest.raises(FileExistsError, match="overwrite"):
         save_adapter(model, saved)
@@ -326,7 +157,7 @@ def test_a_failed_save_leaves_the_old_adapter(saved, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_adapter(trained(), saved, overwrite=True)
+        save_adapter(trained_net(), saved, overwrite=True)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
@@ -377,7 +208,7 @@ DOWN_B = "base_model.model.layers.0.down_proj.lora_B.weight"
 )
 def test_weights_that_do_not_fit(saved, edit, error):
     edit_weights(saved, edit)
-    for model in (quantized(), tiny_net()):
+    for model in (quantized_net().eval(), tiny_net()):
         before = state(model)
         with pytest.raises(ValueError, match=error):
             load_adapter(model, saved)
@@ -395,24 +226,24 @@ def test_truncated_weights(saved, size):
     data = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(data[:size])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not a complete"):
-        load_adapter(quantized(), saved)
+        load_adapter(quantized_net().eval(), saved)
 
 
 def test_foreign_files(saved):
     (saved / WEIGHTS).write_bytes(b"PK\x03\x04" * 100)
     with pytest.raises(ValueError, match="not a complete safetensors"):
-        load_adapter(quantized(), saved)
+        load_adapter(quantized_net().eval(), saved)
     for text in ("{", "[]", "\x00"):
         (saved / CONFIG).write_text(text)
         with pytest.raises(ValueError, match=CONFIG):
-            load_adapter(quantized(), saved)
+            load_adapter(quantized_net().eval(), saved)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_missing_files(saved, name):
     (saved / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        load_adapter(quantized(), saved)
+        load_adapter(quantized_net().eval(), saved)
 
 
 @pytest.mark.parametrize(
@@ -428,12 +259,12 @@ def test_missing_files(saved, name):
 def test_configs_that_do_not_fit(saved, changes, error):
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match=error):
-        load_adapter(quantized(), saved)
+        load_adapter(quantized_net().eval(), saved)
 
 
 def test_an_unknown_option_that_is_set_is_refused(saved):
     edit_config(saved, some_future_option=None)
-    load_adapter(quantized(), saved)
+    load_adapter(quantized_net().eval(), saved)
     edit_config(saved, some_future_option=1)
     with pytest.raises(NotImplementedError, match="some_future_option=1"):
-        load_adapter(quantized(), saved)
+        load_adapter(quantized_net().eval(), saved)
