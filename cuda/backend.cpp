@@ -73,14 +73,19 @@ constexpr KernelEntry<MatmulArgs> kMatmulKernels[] = {
      .supports = supports_matmul,
      .prefers = prefers_gemv,
      .run = gemv_simt},
-    {.name = "gemm_simt", .usable = is_usable, .supports = supports_matmul, .run = gemm_simt},
+    {.name = "gemm_simt",
+     .usable = is_usable,
+     .supports = supports_matmul,
+     .run = gemm_simt,
+     .dense_is_faster = true},
 };
 
 constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposedKernels[] = {
     {.name = "gemm_simt",
      .usable = is_usable,
      .supports = supports_matmul_transposed,
-     .run = gemm_transposed_simt},
+     .run = gemm_transposed_simt,
+     .dense_is_faster = true},
 };
 
 }  // namespace

@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(options.device))
+        torch.cuda.set_device(torch.device(options.device).index or 0)
     bench = Bench(options)
     head = report.machine(bench.device, bench.copy_tb_per_s)
     print("\n".join(head_lines(head)), flush=True)

@@ -1,6 +1,7 @@
 // Choice of the kernel for a call, and the call.
 #pragma once
 
+#include <cstring>
 #include <string>
 
 #include "backend.h"
@@ -8,10 +9,10 @@
 
 namespace qlora_native {
 
-/// Notes which kernel the calling thread ran (kernels.h, last_kernel). In registry.cpp.
+/// Notes which kernel ran (kernels.h, last_kernel). In registry.cpp.
 void record_last_kernel(Op op, const char* kernel_name);
-/// The kernel the calling thread forces, or an empty string. In registry.cpp.
-const std::string& forced_kernel_ref(Op op, DeviceType device);
+/// The forced kernel, or null. In registry.cpp.
+const char* forced_kernel_name(Op op, DeviceType device);
 
 /// The first kernel that runs on the device, is right for `args` and is the measured choice for them;
 /// or the forced one. Throws Unsupported, naming every kernel and why it declined.
@@ -20,14 +21,14 @@ const KernelEntry<Args>& select_kernel(const Args& args) {
   using Traits = OpTraits<Args>;
   const Device device = Traits::device(args);
   const auto table = backend_for(device.type).*Traits::kTable;
-  const std::string& forced = forced_kernel_ref(Traits::kOp, device.type);
+  const char* const forced = forced_kernel_name(Traits::kOp, device.type);
   std::string report;
   for (const KernelEntry<Args>& entry : table) {
     std::string why_not;
-    if (!forced.empty() && forced != entry.name) continue;
+    if (forced && std::strcmp(forced, entry.name) != 0) continue;
     if (!entry.usable(device, &why_not)) {
     } else if (entry.supports && !entry.supports(args, &why_not)) {
-    } else if (forced.empty() && entry.prefers && !entry.prefers(args)) {
+    } else if (!forced && entry.prefers && !entry.prefers(args)) {
       why_not = "another kernel is preferred";
     } else {
       return entry;
@@ -36,7 +37,7 @@ const KernelEntry<Args>& select_kernel(const Args& args) {
   }
   if (table.empty()) report = " " + backend_for(device.type).unavailable_reason();
   throw Unsupported(std::string(name(Traits::kOp)) + ": no kernel on " + to_string(device) +
-                    (forced.empty() ? "" : " (" + forced + " is forced)") + " takes this call:" + report);
+                    (forced ? " (" + std::string(forced) + " is forced)" : "") + " takes this call:" + report);
 }
 
 template <class Args>

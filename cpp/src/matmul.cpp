@@ -12,7 +12,7 @@ template <class Args>
 bool prefers_dense(const Args& args, const MutableMatrixView& out) {
   validate(args);
   using Traits = OpTraits<Args>;
-  if (is_empty(out) || !forced_kernel_ref(Traits::kOp, Traits::device(args).type).empty()) return false;
+  if (is_empty(out) || forced_kernel_name(Traits::kOp, Traits::device(args).type)) return false;
   return select_kernel(args).dense_is_faster;
 }
 

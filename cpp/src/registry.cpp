@@ -1,6 +1,7 @@
-// Device -> Backend, the list of kernels, and the calling thread's forced and last kernels.
-#include <array>
+// Device -> Backend, the list of kernels, and the forced and last kernels.
+#include <atomic>
 #include <string>
+#include <vector>
 
 #include "backend.h"
 #include "dispatch.h"
@@ -14,24 +15,23 @@ namespace {
 constexpr size_t kNumOps = std::size(kAllOps);
 constexpr DeviceType kDeviceTypes[] = {DeviceType::kCpu, DeviceType::kCuda};
 
-struct ThreadState {
-  std::array<std::array<std::string, std::size(kDeviceTypes)>, kNumOps> forced;
-  std::array<const char*, kNumOps> last{};
-};
+/// Names from the kernel tables, which live as long as the program; null for none. Process-wide,
+/// because a framework may run the two halves of one training step on different threads.
+std::atomic<const char*> g_forced[kNumOps][std::size(kDeviceTypes)];
+std::atomic<const char*> g_last[kNumOps];
 
-ThreadState& thread_state() {
-  thread_local ThreadState state;
-  return state;
+size_t index_of(Op op) {
+  const auto index = static_cast<size_t>(op);
+  if (index >= kNumOps) throw InvalidArgument("no operation " + std::to_string(index));
+  return index;
 }
 
-std::string& forced_slot(Op op, DeviceType device) {
-  const auto op_index = static_cast<size_t>(op);
+std::atomic<const char*>& forced_slot(Op op, DeviceType device) {
   const auto device_index = static_cast<size_t>(device);
-  if (op_index >= kNumOps || device_index >= std::size(kDeviceTypes)) {
-    throw InvalidArgument("no operation " + std::to_string(op_index) + " on device type " +
-                          std::to_string(device_index));
+  if (device_index >= std::size(kDeviceTypes)) {
+    throw InvalidArgument("no device type " + std::to_string(device_index));
   }
-  return thread_state().forced[op_index][device_index];
+  return g_forced[index_of(op)][device_index];
 }
 
 template <class Args>
@@ -41,6 +41,13 @@ void append_kernels(const Backend& backend, std::vector<KernelInfo>* kernels) {
     info.usable = entry.usable({backend.type, 0}, &info.why_not);
     kernels->push_back(std::move(info));
   }
+}
+
+template <class Args>
+std::vector<const char*> names_of(KernelTable<Args> table) {
+  std::vector<const char*> names;
+  for (const KernelEntry<Args>& entry : table) names.push_back(entry.name);
+  return names;
 }
 
 template <class Args>
@@ -78,33 +85,42 @@ std::vector<KernelInfo> list_kernels() {
 }
 
 void force_kernel(Op op, DeviceType device, const std::string& kernel_name) {
-  std::string& slot = forced_slot(op, device);
+  std::atomic<const char*>& slot = forced_slot(op, device);
+  if (kernel_name.empty()) {
+    slot = nullptr;
+    return;
+  }
+  const Backend& backend = backend_for(device);
+  std::vector<const char*> names;
+  switch (op) {
+    case Op::kQuantize4bit: names = names_of(backend.quantize); break;
+    case Op::kDequantize4bit: names = names_of(backend.dequantize); break;
+    case Op::kMatmul4bit: names = names_of(backend.matmul); break;
+    case Op::kMatmul4bitTransposed: names = names_of(backend.matmul_transposed); break;
+  }
   std::string known;
-  bool found = kernel_name.empty();
-  for (const KernelInfo& info : list_kernels()) {
-    if (info.op != op || info.device != device) continue;
-    found = found || info.name == kernel_name;
-    known += (known.empty() ? "" : ", ") + info.name;
+  for (const char* candidate : names) {
+    if (kernel_name == candidate) {
+      slot = candidate;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(candidate);
   }
-  if (!found) {
-    throw InvalidArgument(std::string(name(op)) + ": no kernel named '" + kernel_name + "' on " +
-                          name(device) + "; there are: " + (known.empty() ? "none" : known));
-  }
-  slot = kernel_name;
+  throw InvalidArgument(std::string(name(op)) + ": no kernel named '" + kernel_name + "' on " +
+                        name(device) + "; there are: " + (known.empty() ? "none" : known));
 }
 
-const std::string& forced_kernel_ref(Op op, DeviceType device) { return forced_slot(op, device); }
+const char* forced_kernel_name(Op op, DeviceType device) { return forced_slot(op, device); }
 
-std::string forced_kernel(Op op, DeviceType device) { return forced_slot(op, device); }
-
-void record_last_kernel(Op op, const char* kernel_name) {
-  thread_state().last[static_cast<size_t>(op)] = kernel_name;
+std::string forced_kernel(Op op, DeviceType device) {
+  const char* kernel_name = forced_kernel_name(op, device);
+  return kernel_name ? kernel_name : "";
 }
+
+void record_last_kernel(Op op, const char* kernel_name) { g_last[index_of(op)] = kernel_name; }
 
 std::string last_kernel(Op op) {
-  const auto index = static_cast<size_t>(op);
-  if (index >= kNumOps) throw InvalidArgument("no operation " + std::to_string(index));
-  const char* kernel_name = thread_state().last[index];
+  const char* kernel_name = g_last[index_of(op)];
   return kernel_name ? kernel_name : "";
 }
 

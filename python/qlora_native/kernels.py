@@ -30,7 +30,7 @@ def list(op: str | None = None) -> builtins.list[_C.KernelInfo]:
 
 @contextlib.contextmanager
 def force(op: str, name: str, device: str = "cpu") -> Iterator[None]:
-    """Run `op` on devices of type `device` with the kernel `name` only, in this thread.
+    """Run `op` on devices of type `device` with the kernel `name` only, in the whole process.
 
     Inside, a call that the kernel does not support raises NotImplementedError, and a matrix product
     never goes to torch.
@@ -47,7 +47,7 @@ def force(op: str, name: str, device: str = "cpu") -> Iterator[None]:
 
 
 def last(op: str) -> str:
-    """Return the kernel that this thread's last call of `op` ran, "" before the first."""
+    """Return the kernel that the process's last call of `op` ran, "" before the first."""
     return _C.last_kernel(op)
 
 

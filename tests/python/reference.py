@@ -16,7 +16,7 @@ NF4 = np.array(
     dtype=np.float32,
 )  # fmt: skip
 FP4_MAGNITUDES = np.array(
-    [0, 0.0052083333, 0.6666667, 1, 0.33333333, 0.5, 0.1666667, 0.25], dtype=np.float32
+    [0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], dtype=np.float32
 )
 FP4 = np.concatenate([FP4_MAGNITUDES, -FP4_MAGNITUDES])
 INT4 = (np.arange(16, dtype=np.float32) - 8) / np.float32(7)

@@ -74,7 +74,7 @@ constexpr Codebook nf4_codebook() {
 /// has the points "just below -t" for negative values and "just below 0" between the two zeros.
 constexpr Codebook fp4_codebook() {
   constexpr float magnitudes[8] = {0.0f,        0.0052083333f, 0.6666667f, 1.0f,
-                                   0.33333333f, 0.5f,          0.1666667f, 0.25f};
+                                   0.33333333f, 0.5f,          0.16666667f, 0.25f};
   constexpr uint8_t code_of_magnitude_rank[8] = {0, 1, 6, 7, 4, 5, 2, 3};
   constexpr float thresholds[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
                                    0.4166667f,  0.583333f,  0.8333333f};

@@ -31,18 +31,18 @@ struct KernelInfo {
 /// Every kernel of this build, in the order in which they are tried. Never throws for lack of a GPU.
 QN_API std::vector<KernelInfo> list_kernels();
 
-/// From now on, on the calling thread, `op` on devices of type `device` runs the kernel `kernel_name`
-/// or throws Unsupported; an empty name restores the automatic choice.
+/// From now on, in the whole process, `op` on devices of type `device` runs the kernel `kernel_name`
+/// or throws Unsupported; an empty name restores the automatic choice. For tests and measurements.
 /// Throws InvalidArgument, listing the kernels there are, when there is none of that name.
 QN_API void force_kernel(Op op, DeviceType device, const std::string& kernel_name);
 
 /// The name in force, "" for the automatic choice.
 QN_API std::string forced_kernel(Op op, DeviceType device);
 
-/// The kernel that the calling thread's last call of `op` ran, "" before the first.
+/// The kernel that the process's last call of `op` ran, "" before the first.
 QN_API std::string last_kernel(Op op);
 
-/// The kernel that the operation would run for these arguments on the calling thread. Reads no array.
+/// The kernel that the operation would run for these arguments. Reads no array.
 /// Throws as the operation does.
 QN_API std::string selected_kernel(const QuantizeArgs& args);
 QN_API std::string selected_kernel(const DequantizeArgs& args);

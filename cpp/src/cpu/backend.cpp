@@ -98,7 +98,8 @@ constexpr KernelEntry<Args> gemm_entry(const char* name, UsableFn usable) {
   return {.name = name,
           .usable = usable,
           .workspace_bytes = product_workspace_bytes,
-          .run = product<Args, kRun>};
+          .run = product<Args, kRun>,
+          .dense_is_faster = true};
 }
 #endif
 
@@ -134,7 +135,10 @@ constexpr KernelEntry<MatmulArgs> kMatmul[] = {
     gemv_entry<MatmulArgs, gemv_avx2>("gemv_avx2", avx2_usable),
     gemm_entry<MatmulArgs, gemm_avx2>("gemm_avx2", avx2_usable),
 #endif
-    {.name = "scalar", .usable = always_usable, .run = product<MatmulArgs, matmul_scalar>},
+    {.name = "scalar",
+     .usable = always_usable,
+     .run = product<MatmulArgs, matmul_scalar>,
+     .dense_is_faster = true},
 };
 
 constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposed[] = {
@@ -146,7 +150,8 @@ constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposed[] = {
 #endif
     {.name = "scalar",
      .usable = always_usable,
-     .run = product<MatmulTransposedArgs, matmul_transposed_scalar>},
+     .run = product<MatmulTransposedArgs, matmul_transposed_scalar>,
+     .dense_is_faster = true},
 };
 
 std::vector<DeviceInfo> list_devices() {
