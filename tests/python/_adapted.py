@@ -11,6 +11,7 @@ from qlora_native.nn import (
     Linear4bit,
     LoraLinear,
     LoraSettings,
+    add_lora,
 )
 from torch import nn
 
