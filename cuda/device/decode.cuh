@@ -11,8 +11,9 @@ namespace qlora_native::cuda {
 static __device__ const DynamicMap kDynamicMapOnDevice = kSignedDynamicMap;
 
 /// Sixteen fp32 values in shared memory. Any 32 lookups are free of bank conflicts: sixteen words lie
-/// in sixteen banks, and lanes that want the same word share one read.
-struct LookupTable {
+/// in sixteen banks, and lanes that want the same word share one read. Aligned to 256 bytes, so that
+/// the lowest byte of an entry's address is its offset in the table.
+struct alignas(256) LookupTable {
   float values[16];
 
   /// Threads 0..15 of the thread block fill it; a __syncthreads() must follow.
@@ -22,17 +23,25 @@ struct LookupTable {
   __device__ __forceinline__ float operator[](uint32_t code) const { return values[code]; }
 };
 
+__device__ __forceinline__ float load_shared(uint32_t address) {
+  float value;
+  // Volatile keeps it behind the barrier that follows the filling of the table.
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+  return value;
+}
+
 /// Decodes the eight codes of a 32-bit word (four bytes in memory order, the first element of each in
 /// its high nibble).
 __device__ __forceinline__ void decode8(const LookupTable& table, uint32_t word, float (&out)[8]) {
-  // Byte i of `first` and `second` is the byte offset of an entry: one mask and shift serve four codes.
+  const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(table.values));
+  // Byte i of `first` and `second` is the offset of an entry: a mask and a shift serve four codes, and
+  // one permutation per code puts the offset in place of the base's lowest byte.
   const uint32_t first = (word >> 2) & 0x3c3c3c3cu;
   const uint32_t second = (word << 2) & 0x3c3c3c3cu;
-  const char* base = reinterpret_cast<const char*>(table.values);
 #pragma unroll
   for (int byte = 0; byte < 4; ++byte) {
-    out[2 * byte] = *reinterpret_cast<const float*>(base + ((first >> (8 * byte)) & 0xffu));
-    out[2 * byte + 1] = *reinterpret_cast<const float*>(base + ((second >> (8 * byte)) & 0xffu));
+    out[2 * byte] = load_shared(__byte_perm(first, base, 0x7650 + byte));
+    out[2 * byte + 1] = load_shared(__byte_perm(second, base, 0x7650 + byte));
   }
 }
 
@@ -66,9 +75,8 @@ class ScaleReader {
     if constexpr (kDoubleQuant) offset_ = scales.offset == nullptr ? 0.0f : __ldg(scales.offset);
   }
 
-  __device__ __forceinline__ RawScale load(int64_t elem) const {
-    // Unsigned: a division by the group size is then one shift.
-    const uint64_t block = static_cast<uint64_t>(elem) >> scales_.block_shift;
+  __device__ __forceinline__ RawScale load(uint64_t elem) const {
+    const uint64_t block = elem >> scales_.block_shift;
     if constexpr (kDoubleQuant) {
       return {__ldg(scales_.absmax2 + block / kGroupSize), __ldg(scales_.codes + block)};
     } else {

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace qlora_native::cuda {
 
@@ -37,17 +38,35 @@ struct alignas(16) Vector {
   T elems[kVectorElems<T>];
 };
 
+/// The elements of a vector as fp32.
+__device__ __forceinline__ void unpack(const Vector<float>& vector, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = vector.elems[i];
+}
+
+__device__ __forceinline__ void unpack(const Vector<__half>& vector, float* out) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = __half2float(vector.elems[i]);
+}
+
+__device__ __forceinline__ void unpack(const Vector<__nv_bfloat16>& vector, float* out) {
+  // A bf16 is the upper half of its fp32: one instruction each when taken from a 32-bit word.
+  uint32_t word[4];
+  memcpy(word, &vector, sizeof(word));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(word[i] << 16);
+    out[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+  }
+}
+
 /// Eight elements at `source` as fp32. `kAligned`: `source` is 16-byte aligned.
 template <bool kAligned, class T>
 __device__ __forceinline__ void load8(const T* source, float (&out)[8]) {
   if constexpr (kAligned) {
 #pragma unroll
     for (int v = 0; v < 8 / kVectorElems<T>; ++v) {
-      const Vector<T> vector = reinterpret_cast<const Vector<T>*>(source)[v];
-#pragma unroll
-      for (int i = 0; i < kVectorElems<T>; ++i) {
-        out[v * kVectorElems<T> + i] = to_float(vector.elems[i]);
-      }
+      unpack(reinterpret_cast<const Vector<T>*>(source)[v], out + v * kVectorElems<T>);
     }
   } else {
 #pragma unroll

@@ -53,19 +53,24 @@ struct GemvParams {
   bool x_is_aligned;  ///< every row of x starts at a multiple of 16 bytes
 };
 
+/// Vectors from one staged row to the next: the offsets of the rows are compile-time constants.
+template <class T, int kXRows>
+inline constexpr int kStageStride =
+    static_cast<int>(gemv_stage_capacity(kXRows, sizeof(T)) / kVectorElems<T>);
+
 /// Where vector q of a staged row lies.
-__device__ __forceinline__ int swizzled(int q) { return q ^ ((q >> 3) & 7); }
+__device__ __forceinline__ uint32_t swizzled(uint32_t q) { return q ^ ((q >> 3) & 7); }
 
 /// Copies x[m0 .. m0 + kXRows, k0 .. k0 + stage_k] to shared memory, zeros where there is no element.
 template <class T, int kXRows>
 __device__ __forceinline__ void stage_x(const GemvParams<T>& p, int64_t m0, int64_t k0,
                                         Vector<T>* stage) {
   constexpr int kElems = kVectorElems<T>;
-  const int vectors_per_row = p.stage_k / kElems;
+  const uint32_t vectors_per_row = static_cast<uint32_t>(p.stage_k) / kElems;
 #pragma unroll
   for (int row = 0; row < kXRows; ++row) {
     const T* source = p.x + (m0 + row) * p.x_stride + k0;
-    for (int q = static_cast<int>(threadIdx.x); q < vectors_per_row; q += kThreads) {
+    for (uint32_t q = threadIdx.x; q < vectors_per_row; q += kThreads) {
       Vector<T> vector{};
       if (m0 + row < p.m && k0 + int64_t{q} * kElems < p.k) {
         // K is a multiple of 32 here: a vector is inside the row or outside.
@@ -76,20 +81,8 @@ __device__ __forceinline__ void stage_x(const GemvParams<T>& p, int64_t m0, int6
           for (int i = 0; i < kElems; ++i) vector.elems[i] = source[q * kElems + i];
         }
       }
-      stage[row * vectors_per_row + swizzled(q)] = vector;
+      stage[row * kStageStride<T, kXRows> + swizzled(q)] = vector;
     }
-  }
-}
-
-/// Eight elements of a staged row from element `elem`, a multiple of 8.
-template <class T>
-__device__ __forceinline__ void load_staged8(const Vector<T>* row, int elem, float (&out)[8]) {
-  constexpr int kElems = kVectorElems<T>;
-#pragma unroll
-  for (int v = 0; v < 8 / kElems; ++v) {
-    const Vector<T> vector = row[swizzled(elem / kElems + v)];
-#pragma unroll
-    for (int i = 0; i < kElems; ++i) out[v * kElems + i] = to_float(vector.elems[i]);
   }
 }
 
@@ -106,6 +99,7 @@ inline constexpr int kMinBlocksPerSm = kXRows == 1 ? 4 : kXRows * sizeof(T) <= 1
 template <class T, int kXRows, int kWeightRows, bool kDoubleQuant>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
     gemv_kernel(const __grid_constant__ GemvParams<T> p) {
+  constexpr int kVectorsPerWord = 8 / kVectorElems<T>;  // of x, for one 32-bit word of codes
   __shared__ LookupTable table;
   extern __shared__ uint4 dynamic_shared[];
   auto* const stage = reinterpret_cast<Vector<T>*>(dynamic_shared);
@@ -116,16 +110,21 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
   const ScaleReader<kDoubleQuant> scales(p.scales);
   table.fill(p.codebook);
 
+  // Rows past the last read the last one again, and are not stored.
+  uint64_t row_elem[kWeightRows];
+#pragma unroll
+  for (int r = 0; r < kWeightRows; ++r) {
+    row_elem[r] = static_cast<uint64_t>((n0 + r < p.n ? n0 + r : p.n - 1) * p.k);
+  }
   uint4 next_codes[kWeightRows];
   RawScale next_raw[kWeightRows];
   const auto fetch = [&](int64_t k) {
+    if (k >= p.k) return;
 #pragma unroll
     for (int r = 0; r < kWeightRows; ++r) {
-      if (n0 + r < p.n && k < p.k) {
-        const int64_t elem = (n0 + r) * p.k + k;
-        next_codes[r] = load_streaming(reinterpret_cast<const uint4*>(p.packed + elem / 2));
-        next_raw[r] = scales.load(elem);
-      }
+      const uint64_t elem = row_elem[r] + static_cast<uint64_t>(k);
+      next_codes[r] = load_streaming(reinterpret_cast<const uint4*>(p.packed + elem / 2));
+      next_raw[r] = scales.load(elem);
     }
   };
 
@@ -137,17 +136,23 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
     __syncthreads();
     const int staged = p.k - k0 < p.stage_k ? static_cast<int>(p.k - k0) : p.stage_k;
     for (int k = lane * kLaneElems; k < staged; k += kStep) {
+      // The lane's vectors are first_vector ^ 0, ^ 1, ...: a lane's share is a power of two of them,
+      // so that counting up and swizzling are exclusive-ors of different bits.
+      const uint32_t first_vector = swizzled(static_cast<uint32_t>(k) / kVectorElems<T>);
       uint32_t words[kWeightRows][4];
-      float absmax[kWeightRows];
+      RawScale raw[kWeightRows];
 #pragma unroll
       for (int r = 0; r < kWeightRows; ++r) {
         words[r][0] = next_codes[r].x;
         words[r][1] = next_codes[r].y;
         words[r][2] = next_codes[r].z;
         words[r][3] = next_codes[r].w;
-        absmax[r] = n0 + r < p.n ? scales.decode(next_raw[r]) : 0.0f;
+        raw[r] = next_raw[r];
       }
       fetch(k0 + k + kStep);
+      float absmax[kWeightRows];
+#pragma unroll
+      for (int r = 0; r < kWeightRows; ++r) absmax[r] = scales.decode(raw[r]);
 
       float partial[kWeightRows][kXRows] = {};
 #pragma unroll
@@ -158,7 +163,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
 #pragma unroll
         for (int row = 0; row < kXRows; ++row) {
           float x[8];
-          load_staged8(stage + row * (p.stage_k / kVectorElems<T>), k + 8 * word, x);
+#pragma unroll
+          for (int v = 0; v < kVectorsPerWord; ++v) {
+            const uint32_t vector = first_vector ^ (word * kVectorsPerWord + v);
+            unpack(stage[row * kStageStride<T, kXRows> + vector], x + v * kVectorElems<T>);
+          }
 #pragma unroll
           for (int r = 0; r < kWeightRows; ++r) {
 #pragma unroll

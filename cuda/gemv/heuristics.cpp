@@ -33,9 +33,9 @@ GemvPlan plan_gemv(const GemvProblem& problem) {
   plan.weight_tiles = ceil_div(problem.n, int64_t{kGemvWarps} * plan.weight_rows);
   plan.grid = plan.weight_tiles * ceil_div(problem.m, plan.x_rows);
   if (plan.vectorized) {
-    const int64_t fitting = kGemvSharedBytes / (plan.x_rows * problem.x_elem_bytes);
-    plan.stage_k = std::min(fitting, ceil_div(problem.k, kGemvStep) * kGemvStep);
-    plan.shared_bytes = plan.x_rows * plan.stage_k * problem.x_elem_bytes;
+    const int64_t capacity = gemv_stage_capacity(plan.x_rows, problem.x_elem_bytes);
+    plan.stage_k = std::min(capacity, ceil_div(problem.k, kGemvStep) * kGemvStep);
+    plan.shared_bytes = ((plan.x_rows - 1) * capacity + plan.stage_k) * problem.x_elem_bytes;
   }
   return plan;
 }

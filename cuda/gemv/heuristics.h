@@ -21,12 +21,17 @@ struct GemvPlan {
   int64_t grid;           ///< thread blocks, over both tilings
   int64_t weight_tiles;   ///< thread block b has weight tile b % weight_tiles, x tile b / weight_tiles
   int64_t stage_k;        ///< elements of an x row held in shared memory at a time
-  int64_t shared_bytes;   ///< of x: x_rows * stage_k * x_elem_bytes
+  int64_t shared_bytes;   ///< of x: every row but the last takes its whole share, the last stage_k
 };
 
 inline constexpr int kGemvWarps = 8;          ///< per thread block
 inline constexpr int64_t kGemvStep = 1024;    ///< elements of K that a warp takes at a time: 32 per lane
 inline constexpr int64_t kGemvSharedBytes = 32768;  ///< at most, for x
+
+/// Elements of a row of x that its share of the shared memory holds.
+constexpr int64_t gemv_stage_capacity(int64_t x_rows, int64_t x_elem_bytes) {
+  return kGemvSharedBytes / (x_rows * x_elem_bytes);
+}
 
 GemvPlan plan_gemv(const GemvProblem& problem);
 
