@@ -52,7 +52,7 @@ def test_we_load_peft_files_and_compute_the_same(tmp_path, use_rslora, bias):
         for name, parameter in theirs.named_parameters():
             if parameter.requires_grad and "lora_" not in name:
                 parameter.add_(0.25)
-    theirs.eval().save_pretrained_net(str(tmp_path))
+    theirs.eval().save_pretrained(str(tmp_path))
     model = tiny_net().eval()
     report = load_adapter(model, tmp_path)
     assert len(report.targets) == 4
@@ -76,7 +76,7 @@ def test_we_load_peft_files_and_compute_the_same(tmp_path, use_rslora, bias):
 def test_we_read_every_way_peft_has_of_choosing_layers(tmp_path, options):
     theirs = peft.get_peft_model(tiny_net(), peft.LoraConfig(r=2, lora_alpha=4, **options))
     randomize_adapters(theirs)
-    theirs.eval().save_pretrained_net(str(tmp_path))
+    theirs.eval().save_pretrained(str(tmp_path))
     model = tiny_net().eval()
     load_adapter(model, tmp_path)
     assert torch.equal(model(token_ids()), theirs(token_ids()))
@@ -86,7 +86,7 @@ def test_we_read_adapters_on_some_of_the_layers(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
     theirs = peft.get_peft_model(tiny_llama(), config)
     randomize_adapters(theirs)
-    theirs.eval().save_pretrained_net(str(tmp_path))
+    theirs.eval().save_pretrained(str(tmp_path))
     model = tiny_llama().eval()
     assert load_adapter(model, tmp_path).targets == ("model.layers.1.self_attn.q_proj",)
     ids = token_ids(vocabulary=64)
@@ -107,7 +107,7 @@ def test_we_read_adapters_on_some_of_the_layers(tmp_path):
 )
 def test_options_we_cannot_honour_are_refused_by_name(tmp_path, options, named):
     config = peft.LoraConfig(r=3, target_modules=SUFFIXES, **options)
-    peft.get_peft_model(tiny_net(), config).save_pretrained_net(str(tmp_path))
+    peft.get_peft_model(tiny_net(), config).save_pretrained(str(tmp_path))
     model = tiny_net()
     before = state(model)
     with pytest.raises(NotImplementedError, match=named):
@@ -117,7 +117,7 @@ def test_options_we_cannot_honour_are_refused_by_name(tmp_path, options, named):
 
 def test_other_kinds_of_adapters_are_refused(tmp_path):
     config = peft.IA3Config(target_modules=SUFFIXES, feedforward_modules=[])
-    peft.get_peft_model(tiny_net(), config).save_pretrained_net(str(tmp_path))
+    peft.get_peft_model(tiny_net(), config).save_pretrained(str(tmp_path))
     with pytest.raises(NotImplementedError, match="IA3"):
         load_adapter(tiny_net(), tmp_path)
 
