@@ -1,4 +1,4 @@
-"""Fine-tune large language models in 4 bits: NF4 quantization and QLoRA for PyTorch, on CPU and CUDA."""
+"""Fine-tune large language models in 4 bits: NF4 and QLoRA for PyTorch, on CPU and CUDA."""
 
 from __future__ import annotations
 

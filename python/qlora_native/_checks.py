@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -41,7 +42,7 @@ def _cached_codebook(quant_type: str, values: tuple[float, ...] | None) -> _C.Co
         raise ValueError(f"a codebook has 16 values, this one has {len(values)}")
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"codebook values must be finite: {values}")
-    if any(low >= high for low, high in zip(values, values[1:], strict=False)):
+    if any(low >= high for low, high in pairwise(values)):
         raise ValueError(f"codebook values must ascend: {values}")
     return _C.custom_codebook(values)
 
@@ -119,7 +120,7 @@ def check_weight(
 def check_activation(
     what: str, x: torch.Tensor, shape: Sequence[int], features: str, device: torch.device
 ) -> None:
-    """Raise unless `x` can be multiplied with a weight of `shape` over its `features` ("in"/"out")."""
+    """Raise unless `x` fits the "in" or "out" `features` of a weight of `shape`."""
     float_dtype_code(what, x.dtype)
     if len(shape) != 2:
         raise ValueError(f"a linear layer's weight has two dimensions, this one {tuple(shape)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -62,13 +63,14 @@ class _Weight:
         absmax: torch.Tensor,
         absmax2: torch.Tensor | None,
         offset: torch.Tensor | None,
-        rows: int,
-        cols: int,
+        shape: Sequence[int],
         block_size: int,
         codebook: _C.Codebook,
     ) -> None:
+        rows, cols = shape if len(shape) == 2 else (1, _checks.numel_of(shape))
         self.parts = (packed, absmax, absmax2, offset)
-        self.rows, self.cols, self.block_size, self.codebook = rows, cols, block_size, codebook
+        self.shape, self.rows, self.cols = shape, rows, cols
+        self.block_size, self.codebook = block_size, codebook
         self.device = packed.device
         self.view = _C.WeightView.make(
             packed=packed.data_ptr(),
@@ -114,12 +116,27 @@ class _Weight:
                     absmax.view(-1)[blocks],
                     None if absmax2 is None else absmax2[begin // unit :],
                     offset,
-                    rows,
-                    self.cols,
+                    (rows, self.cols),
                     self.block_size,
                     self.codebook,
                 ),
             )
+
+
+def _check_parts(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    codebook: Sequence[float] | None,
+) -> tuple[torch.device, Sequence[int]]:
+    """Check the arguments that `_WEIGHT` declares; return the weight's device and shape."""
+    _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
+    _checks.codebook(quant_type, codebook)
+    return packed.device, shape
 
 
 def _checked_weight(
@@ -133,9 +150,8 @@ def _checked_weight(
     codebook: Sequence[float] | None,
 ) -> _Weight:
     _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
-    rows, cols = shape if len(shape) == 2 else (1, _checks.numel_of(shape))
     book = _checks.codebook(quant_type, codebook)
-    return _Weight(packed, absmax, absmax2, offset, rows, cols, block_size, book)
+    return _Weight(packed, absmax, absmax2, offset, shape, block_size, book)
 
 
 def _workspace(size_bytes: int, device: torch.device) -> torch.Tensor | None:
@@ -222,57 +238,23 @@ def _quantize_4bit_fake(
     return packed, absmax, absmax2, out_offset
 
 
-def _dequantize_4bit(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    quant_type: str,
-    codebook: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _dequantize_4bit(*arguments: Any) -> torch.Tensor:
+    *parts, dtype = arguments
     _checks.float_dtype_code("the output", dtype)
-    weight = _checked_weight(
-        packed, absmax, absmax2, offset, shape, block_size, quant_type, codebook
-    )
-    return weight.dequantize(dtype).view(list(shape))
+    weight = _checked_weight(*parts)
+    return weight.dequantize(dtype).view(weight.shape)
 
 
-def _dequantize_4bit_fake(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    quant_type: str,
-    codebook: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _dequantize_4bit_fake(*arguments: Any) -> torch.Tensor:
+    *parts, dtype = arguments
     _checks.float_dtype_code("the output", dtype)
-    _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
-    _checks.codebook(quant_type, codebook)
-    return packed.new_empty(list(shape), dtype=dtype)
+    device, shape = _check_parts(*parts)
+    return torch.empty(list(shape), dtype=dtype, device=device)
 
 
-def _linear_4bit(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    quant_type: str,
-    codebook: Sequence[float] | None,
-) -> torch.Tensor:
-    weight = _checked_weight(
-        packed, absmax, absmax2, offset, shape, block_size, quant_type, codebook
-    )
-    _checks.check_activation("x", x, shape, "in", packed.device)
+def _linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
+    weight = _checked_weight(*parts)
+    _checks.check_activation("x", x, weight.shape, "in", weight.device)
     _checks.check_bias(bias, x, weight.rows)
     bias = None if bias is None else bias.contiguous()
     rows, row_stride = _as_rows(x, weight.cols)
@@ -317,40 +299,16 @@ def _dense_linear(
             y[:, first : first + panel.rows] = torch.nn.functional.linear(x, dense, part)
 
 
-def _linear_4bit_fake(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    quant_type: str,
-    codebook: Sequence[float] | None,
-) -> torch.Tensor:
-    _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
-    _checks.codebook(quant_type, codebook)
-    _checks.check_activation("x", x, shape, "in", packed.device)
+def _linear_4bit_fake(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
+    device, shape = _check_parts(*parts)
+    _checks.check_activation("x", x, shape, "in", device)
     _checks.check_bias(bias, x, shape[0])
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def _linear_4bit_dx(
-    dy: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    quant_type: str,
-    codebook: Sequence[float] | None,
-) -> torch.Tensor:
-    weight = _checked_weight(
-        packed, absmax, absmax2, offset, shape, block_size, quant_type, codebook
-    )
-    _checks.check_activation("dy", dy, shape, "out", packed.device)
+def _linear_4bit_dx(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
+    weight = _checked_weight(*parts)
+    _checks.check_activation("dy", dy, weight.shape, "out", weight.device)
     rows, row_stride = _as_rows(dy, weight.rows)
     dx = dy.new_empty(rows.shape[0], weight.cols)
     arguments = {
@@ -378,20 +336,9 @@ def _linear_4bit_dx(
     return dx.view(*dy.shape[:-1], weight.cols)
 
 
-def _linear_4bit_dx_fake(
-    dy: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    quant_type: str,
-    codebook: Sequence[float] | None,
-) -> torch.Tensor:
-    _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
-    _checks.codebook(quant_type, codebook)
-    _checks.check_activation("dy", dy, shape, "out", packed.device)
+def _linear_4bit_dx_fake(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
+    device, shape = _check_parts(*parts)
+    _checks.check_activation("dy", dy, shape, "out", device)
     return dy.new_empty(*dy.shape[:-1], shape[1])
 
 

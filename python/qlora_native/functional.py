@@ -1,7 +1,7 @@
 """The operations on tensors: quantize, dequantize, and the linear layer over a 4-bit weight.
 
-Formats are those of the core (``quantized.h``, ``codebook.h``): blocks of `block_size` elements of the
-flattened tensor share one absmax; with double quantization the absmax values are 8-bit codes
+Formats are those of the core (``quantized.h``, ``codebook.h``): blocks of `block_size` elements of
+the flattened tensor share one absmax; with double quantization the absmax values are 8-bit codes
 themselves, 256 of them to an fp32 `absmax2`, around an fp32 `offset`.
 """
 
@@ -27,8 +27,8 @@ class QuantizedTensor:
     """A 4-bit tensor: a value, not a Parameter. Its parts are plain tensors on one device.
 
     Attributes:
-        packed: uint8 ``[(n + 1) // 2]`` for n elements, row-major; the first of a pair of elements is
-            the high nibble. Any shape with that many bytes is accepted.
+        packed: uint8 ``[(n + 1) // 2]`` for n elements, row-major; the first of a pair of elements
+            is the high nibble. Any shape with that many bytes is accepted.
         absmax: float32 ``[blocks]``; with double quantization uint8 ``[blocks]``.
         absmax2: float32 ``[ceil(blocks / 256)]``, or None without double quantization.
         offset: float32 scalar, or None without double quantization.
@@ -116,8 +116,9 @@ def quantize_4bit(
         double_quant: quantize the absmax values too (0.127 instead of 0.5 bits per element at 64).
         codebook: 16 finite, ascending values in [-1, 1] for quant_type "custom".
         check_finite: raise ValueError when `w` holds a NaN or an infinity (waits for the device).
-            Without it such a block decodes to NaN; with double quantization its group of 256 blocks.
-        offset: the fp32 centre of the double quantization, instead of the mean of the absmax values.
+            Without it such a block decodes to NaN; with double quantization, its group of 256
+            blocks does.
+        offset: the fp32 centre of the double quantization, instead of the mean of the absmax.
 
     Raises:
         TypeError: `w` is not one of the float types.
@@ -151,7 +152,7 @@ def quantize_4bit(
 
 
 def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return the dense tensor of `q.shape`: ``code value * absmax`` in fp32, rounded once to `dtype`.
+    """Return the dense tensor: ``code value * absmax`` in fp32, rounded once to `dtype`.
 
     Args:
         q: the tensor to decode.
@@ -166,13 +167,14 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> tor
 def linear_4bit(
     x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return ``x @ W.T + bias`` for a 4-bit weight W. Differentiable in `x` and `bias`; W is frozen.
+    """Return ``x @ W.T + bias`` for a 4-bit weight W.
 
-    Accumulates in fp32. Only the packed weight is kept for the backward pass.
+    Differentiable in `x` and `bias`; W is frozen. Accumulates in fp32. Only the packed weight is
+    kept for the backward pass.
 
     Args:
-        x: ``[..., in_features]`` float32, float16 or bfloat16, on `q`'s device. Under autocast it is
-            cast to the autocast dtype first, as torch's linear does.
+        x: ``[..., in_features]`` float32, float16 or bfloat16, on `q`'s device. Under autocast it
+            is cast to the autocast dtype first, as torch's linear does.
         q: a weight of shape ``[out_features, in_features]``.
         bias: ``[out_features]``, cast to x's dtype, or None.
 
@@ -183,9 +185,9 @@ def linear_4bit(
         TypeError, ValueError: shapes, dtypes or devices do not fit; the message holds them.
     """
     device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        if x.dtype.is_floating_point:
-            x = x.to(torch.get_autocast_dtype(device_type))
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    if autocast and x.dtype.is_floating_point:
+        x = x.to(torch.get_autocast_dtype(device_type))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     weight = _weight_arguments(q)
@@ -242,7 +244,7 @@ class _Linear4bitDx(torch.autograd.Function):
 
 
 def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
-    """Save the packed tensors, through save_for_backward so that hooks and checkpointing see them."""
+    """Save the packed tensors where saved-tensor hooks and checkpointing see them."""
     ctx.save_for_backward(*weight[:4])
     ctx.weight_format = weight[4:]
 

@@ -17,7 +17,7 @@ DENSE = "dequantize_4bit + torch.matmul"
 
 
 def list(op: str | None = None) -> builtins.list[_C.KernelInfo]:
-    """Return every kernel of this build, or those of one `op`, in the order in which they are tried.
+    """Return every kernel of this build, or of one `op`, in the order in which they are tried.
 
     Each has ``op``, ``device``, ``name``, ``usable`` and ``why_not``.
     """
