@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -18,6 +19,14 @@ app = typer.Typer(
     # A traceback is for --debug, and then Python's own; typer's shows every local tensor.
     pretty_exceptions_enable=False,
 )
+
+
+def _quiet() -> None:
+    # PEFT imports it where it is installed, and it then warns of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from qlora_native.cli.loading import quiet_libraries
+
+    quiet_libraries()
 
 
 @command(app, FinetuneOptions, no_args_is_help=True)
@@ -38,11 +47,10 @@ def finetune(options: FinetuneOptions) -> None:
     The output folder gets the adapter in PEFT's format, the tokenizer, report.json, loss.png,
     run.yaml (these options) and checkpoints. Ctrl-C stops after the step, with a checkpoint.
     """
-    from qlora_native.cli import loading
+    if not options.debug:
+        _quiet()
     from qlora_native.cli.finetune import finetune as run
 
-    if not options.debug:
-        loading.quiet_libraries()
     run(options)
 
 
@@ -56,11 +64,10 @@ def generate(options: GenerateOptions) -> None:
 
     - `qlora-native generate --model ./llama --no-quantize --prompt Hello --temperature 0.8`
     """
-    from qlora_native.cli import loading
+    if not options.debug:
+        _quiet()
     from qlora_native.cli.generate import generate as run
 
-    if not options.debug:
-        loading.quiet_libraries()
     run(options)
 
 
@@ -74,11 +81,10 @@ def evaluate(options: EvaluateOptions) -> None:
 
     - `qlora-native evaluate --model ./llama --adapter out --data held-out.txt --json`
     """
-    from qlora_native.cli import loading
+    if not options.debug:
+        _quiet()
     from qlora_native.cli.evaluate import evaluate as run
 
-    if not options.debug:
-        loading.quiet_libraries()
     run(options)
 
 

@@ -298,7 +298,7 @@ def _train(
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
                 seconds = trainer.training_seconds(time.perf_counter() - start)
             if stop.received is None:
-                after = trainer.evaluate()["eval_loss"] if held_out else None
+                after = _last_loss(trainer) if held_out else None
         except KeyboardInterrupt:
             raise Interrupted(_how_to_resume(options)) from None
         finally:
@@ -308,16 +308,22 @@ def _train(
     curve = [[e["step"], e["eval_loss"]] for e in trainer.state.log_history if "eval_loss" in e]
     if held_out:
         curve = [[0, before], *[point for point in curve if point[0] > 0]]
-        # The last step may have been evaluated within the run as well.
-        curve = [point for i, point in enumerate(curve) if point not in curve[:i]]
-    return {
-        "eval_loss_before": before,
-        "eval_loss_after": after,
-        "eval_loss": curve,
-        "tokens_per_second": (trainer.state.num_input_tokens_seen - seen_before) / seconds,
-        "train_tokens": trainer.state.num_input_tokens_seen,
-        "train_seconds": seconds,
-    }
+        return {
+            "eval_loss_before": before,
+            "eval_loss_after": after,
+            "eval_loss": curve,
+            "tokens_per_second": (trainer.state.num_input_tokens_seen - seen_before) / seconds,
+            "train_tokens": trainer.state.num_input_tokens_seen,
+            "train_seconds": seconds,
+        }
+
+
+def _last_loss(trainer: AdapterTrainer) -> float:
+    """The held-out loss of the trained model, which the last step may already have measured."""
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return entry["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
 
 
 def _tokens_seen(checkpoint: Path | None) -> int:

@@ -14,7 +14,7 @@ stderr = Console(stderr=True)
 
 
 def bar() -> Progress:
-    """A progress bar on stderr that leaves nothing behind."""
+    """A progress bar on stderr that leaves nothing behind, and is not there without a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -22,6 +22,7 @@ def bar() -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=True,
+        disable=not stderr.is_terminal,
     )
 
 
