@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 
 #include "cpu/element.h"
 
@@ -38,11 +39,13 @@ template <class V>
 void decode_run(const QuantizedView& weight, int64_t begin, int64_t count, float* out) {
   constexpr int64_t kUnit = 2 * V::kWidth;
   const typename V::Table values = V::load_table(weight.codebook.values);
+  // A division would take as long as the decoding of a block of 64.
+  const int log2_block_size = std::countr_zero(static_cast<uint64_t>(weight.block_size));
   int64_t done = 0;
   while (done < count) {
     int64_t element = begin + done;
-    const int64_t block = element / weight.block_size;
-    const int64_t block_end = (block + 1) * weight.block_size - begin;
+    const int64_t block = element >> log2_block_size;
+    const int64_t block_end = ((block + 1) << log2_block_size) - begin;
     const int64_t end = block_end < count ? block_end : count;
     const float scale = block_absmax(weight.absmax, block);
     if (element % 2 != 0) {

@@ -15,23 +15,37 @@ __m256i unpack_codes(const uint8_t* packed) {
   return _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
 }
 
+/// Eight floats rounded to bfloat16, as float_to_bfloat16 does, or to half.
+template <DType kType>
+__m128i round_to_16_bits(__m256 x) {
+  if constexpr (kType == DType::kFloat16) {
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i result = _mm256_blendv_epi8(rounded, quiet, is_nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+}
+
 struct DequantizeAvx2 {
   /// 16-bit outputs.
   template <DType kType>
   class BlockTable {
    public:
     BlockTable(const float* values, float absmax) {
-      alignas(16) uint8_t low[16];
-      alignas(16) uint8_t high[16];
-      for (int i = 0; i < 16; ++i) {
-        const float value = values[i] * absmax;
-        const uint16_t bits =
-            kType == DType::kFloat16 ? float_to_half(value) : float_to_bfloat16(value);
-        low[i] = static_cast<uint8_t>(bits & 0xff);
-        high[i] = static_cast<uint8_t>(bits >> 8);
-      }
-      low_ = broadcast(low);
-      high_ = broadcast(high);
+      const Avx2::Table scaled = Avx2::scale(Avx2::load_table(values), absmax);
+      const __m128i first = round_to_16_bits<kType>(scaled.low);
+      const __m128i second = round_to_16_bits<kType>(scaled.high);
+      const __m128i byte = _mm_set1_epi16(0xff);
+      low_ = _mm256_broadcastsi128_si256(
+          _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte)));
+      high_ = _mm256_broadcastsi128_si256(
+          _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)));
     }
 
     void decode32(const uint8_t* packed, void* out) const {
@@ -46,10 +60,6 @@ struct DequantizeAvx2 {
     }
 
    private:
-    static __m256i broadcast(const void* bytes) {
-      return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(bytes)));
-    }
-
     __m256i low_, high_;
   };
 };

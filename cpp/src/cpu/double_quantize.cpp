@@ -63,30 +63,68 @@ float mean_absmax(const float* absmax, int64_t blocks, double* partials) {
                                          static_cast<double>(count));
 }
 
-/// encode_dynamic without branches: the absmax values are noise, no branch of a bisection predicts.
-uint8_t nearest_code(float x) {
-  int rank = 0;
-  for (int step = 128; step > 0; step /= 2) {
-    rank += static_cast<int>(x > kSignedDynamicMap.decision_points[rank + step - 1]) * step;
+/// Where to start looking for the nearest entry: floats are sorted into buckets by sign, exponent and
+/// the top six bits of the mantissa, each narrow enough to hold at most one decision point.
+struct StartingRanks {
+  static constexpr int kShift = 17;                            ///< leaves six bits of the mantissa
+  static constexpr int32_t kLowest = (127 - 20) << 6;          ///< 2^-20: all below share a bucket
+  static constexpr int32_t kBuckets = (20 << 6) + 1;           ///< the last begins at 1
+  uint8_t ranks[2][kBuckets] = {};                             ///< rank of a bucket's lowest float
+
+  static constexpr int32_t bucket(uint32_t magnitude_bits) {
+    const int32_t index = static_cast<int32_t>(magnitude_bits >> kShift) - kLowest;
+    return index < 0 ? 0 : index < kBuckets ? index : kBuckets - 1;
   }
-  return static_cast<uint8_t>(rank);
+};
+
+constexpr StartingRanks starting_ranks() {
+  StartingRanks table;
+  for (int32_t i = 0; i < StartingRanks::kBuckets; ++i) {
+    const auto first = static_cast<uint32_t>(i == 0 ? 0 : i + StartingRanks::kLowest);
+    const auto last = static_cast<uint32_t>(i + StartingRanks::kLowest);
+    const uint32_t smallest = first << StartingRanks::kShift;
+    const uint32_t largest = (last + 1) << StartingRanks::kShift;  // one float too far does no harm
+    const auto rank = [](uint32_t bits, float sign) {
+      return int{encode_dynamic(kSignedDynamicMap, sign * __builtin_bit_cast(float, bits))};
+    };
+    table.ranks[0][i] = static_cast<uint8_t>(rank(smallest, 1.0f));
+    table.ranks[1][i] = static_cast<uint8_t>(rank(largest, -1.0f));
+    if (rank(largest, 1.0f) > rank(smallest, 1.0f) + 1 ||
+        rank(smallest, -1.0f) > rank(largest, -1.0f) + 1) {
+      throw "a bucket holds two decision points";  // in a constant expression: does not compile
+    }
+  }
+  return table;
+}
+
+constexpr StartingRanks kStartingRanks = starting_ranks();
+
+/// encode_dynamic of a finite float, by one comparison: no chain of loads, no branch on noise.
+uint8_t nearest_code(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint8_t rank = kStartingRanks.ranks[bits >> 31][StartingRanks::bucket(bits & 0x7fffffffu)];
+  // Nothing lies above the last entry.
+  const float point = kSignedDynamicMap.decision_points[rank < 255 ? rank : 254];
+  return static_cast<uint8_t>(rank + static_cast<int>(rank < 255 && x > point));
 }
 
 void encode_group(const float* absmax, int64_t count, float offset, uint8_t* codes, float* absmax2) {
-  float largest = 0.0f;
-  bool all_finite = true;
+  // As integers magnitudes order like floats, with infinity and NaN at the top.
+  int32_t largest_bits = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float d = absmax[i] - offset;
-    all_finite = all_finite && is_finite(d);
-    largest = std::max(largest, std::fabs(d));
+    const auto bits = static_cast<int32_t>(float_bits(absmax[i] - offset) & 0x7fffffffu);
+    largest_bits = std::max(largest_bits, bits);
   }
+  const float largest = bits_float(static_cast<uint32_t>(largest_bits));
   const float reciprocal = 1.0f / largest;
-  const bool has_codes = all_finite && is_finite(reciprocal);
-  const float scale = !all_finite ? bits_float(kQuietNan) : has_codes ? largest : 0.0f;
+  const bool has_codes = is_finite(largest) && is_finite(reciprocal);
+  const float scale = !is_finite(largest) ? bits_float(kQuietNan) : has_codes ? largest : 0.0f;
   std::memcpy(absmax2, &scale, sizeof(scale));
-  for (int64_t i = 0; i < count; ++i) {
-    codes[i] = has_codes ? nearest_code((absmax[i] - offset) * reciprocal) : kSignedDynamicZeroCode;
+  if (!has_codes) {
+    std::memset(codes, kSignedDynamicZeroCode, static_cast<size_t>(count));
+    return;
   }
+  for (int64_t i = 0; i < count; ++i) codes[i] = nearest_code((absmax[i] - offset) * reciprocal);
 }
 
 }  // namespace

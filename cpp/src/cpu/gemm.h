@@ -73,11 +73,11 @@ template <class V>
 void decode_panel(const QuantizedView& weight, int64_t d0, int64_t depth, int64_t c0, float* panel) {
   constexpr int64_t kColumns = V::kGemmVectors * V::kWidth;
   const int64_t columns = std::min(kColumns, weight.cols - c0);
-  float row[kColumns + 2 * V::kWidth] = {};
+  // decode_run may write past a row: into the next one, which comes later, or the panel's padding.
   for (int64_t d = 0; d < depth; ++d) {
+    float* row = panel + d * kColumns;
     decode_run<V>(weight, (d0 + d) * weight.cols + c0, columns, row);
-    std::memset(row + columns, 0, static_cast<size_t>(kColumns - columns) * sizeof(float));
-    std::memcpy(panel + d * kColumns, row, sizeof(float) * kColumns);
+    if (columns < kColumns) std::fill(row + columns, row + kColumns, 0.0f);
   }
 }
 

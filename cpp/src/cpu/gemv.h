@@ -89,6 +89,8 @@ void dot_rows(const QuantizedView& weight, int64_t n0, const float* x, float (&s
           Floats even;
           Floats odd;
           V::decode_pairs(packed + n * row_bytes, table[n], &even, &odd);
+          // The next tile's rows: the hardware follows a row, but does not foresee where the next begins.
+          V::prefetch(packed + (kN + n) * row_bytes);
           for (int m = 0; m < kM; ++m) {
             const float* xm = x + m * k_size;
             acc[m][n][0] = V::fma(even, V::load(xm), acc[m][n][0]);

@@ -22,6 +22,7 @@ struct Avx2 {
   static constexpr int kGemmVectors = 2;  ///< and in vectors of columns: 12 accumulators of 16
   static constexpr int kGemvRows = 2;     ///< rows of W that the row-times-row tile takes at a time
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static Floats zero() { return _mm256_setzero_ps(); }
   static Floats set1(float x) { return _mm256_set1_ps(x); }
   static Floats load(const float* p) { return _mm256_loadu_ps(p); }

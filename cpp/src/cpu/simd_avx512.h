@@ -20,6 +20,7 @@ struct Avx512 {
   static constexpr int kGemmVectors = 2;  ///< and in vectors of columns: 28 accumulators of 32
   static constexpr int kGemvRows = 4;     ///< rows of W that the row-times-row tile takes at a time
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats set1(float x) { return _mm512_set1_ps(x); }
   static Floats load(const float* p) { return _mm512_loadu_ps(p); }
