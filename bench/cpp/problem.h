@@ -1,0 +1,85 @@
+// A weight and its activations on a machine, in as many copies as keep the caches cold.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+#include "qlora_native/qlora_native.h"
+
+namespace qn_bench {
+
+struct Shape {
+  int64_t n = 0;
+  int64_t k = 0;
+  friend bool operator==(const Shape&, const Shape&) = default;
+};
+
+inline std::string to_string(Shape shape) {
+  return std::to_string(shape.n) + "x" + std::to_string(shape.k);
+}
+
+/// The bytes of a NF4 weight in blocks of 64, double-quantized.
+class QuantizedWeight {
+ public:
+  QuantizedWeight(Machine& machine, Shape shape);
+
+  qlora_native::MutableQuantizedView mutable_view() const;
+  qlora_native::QuantizedView view() const;
+  int64_t size_bytes() const;
+
+  Buffer packed, codes, absmax2, offset;
+
+ private:
+  Shape shape_;
+  qlora_native::Device device_;
+};
+
+/// The operations on one weight: bf16 throughout. Calls made by the functions below use one copy of
+/// their inputs and outputs each; `prepare_*` say how many bytes a call has to move.
+class Problem {
+ public:
+  Problem(Machine& machine, Shape shape);
+
+  struct Work {
+    std::vector<std::function<void()>> calls;
+    int64_t bytes_per_call = 0;
+    int64_t flops_per_call = 0;
+  };
+
+  Work quantize();
+  Work dequantize();
+  Work matmul(int64_t m);
+  Work matmul_transposed(int64_t m);
+
+  Shape shape() const { return shape_; }
+  Machine& machine() const { return machine_; }
+
+  // For verification: the dense weight, the first quantized copy, and the last work's first arrays.
+  const Buffer& dense() const { return dense_.front(); }
+  const QuantizedWeight& quantized() const { return quantized_.front(); }
+  const Buffer& activations() const { return activations_; }
+  const Buffer& output() const { return outputs_.front(); }
+
+ private:
+  int64_t copies(int64_t bytes_each) const;
+  /// Makes at least `count` copies of the quantized weight.
+  void grow_quantized(int64_t count);
+  void make_outputs(int64_t count, int64_t elems);
+  void make_activations(int64_t rows, int64_t cols);
+  void make_workspaces(const std::vector<int64_t>& sizes);
+  qlora_native::Workspace workspace(size_t index) const;
+  qlora_native::VectorView vector(const Buffer& buffer, int64_t size) const;
+
+  Machine& machine_;
+  Shape shape_;
+  std::vector<Buffer> dense_;
+  std::vector<QuantizedWeight> quantized_;
+  std::vector<Buffer> outputs_;
+  std::vector<Buffer> workspaces_;
+  Buffer activations_;
+};
+
+}  // namespace qn_bench

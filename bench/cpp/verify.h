@@ -1,0 +1,17 @@
+// Naive checks of the outputs on a sample, from the definitions in the public headers and fp64.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "problem.h"
+
+namespace qn_bench {
+
+/// Each returns "" or what is wrong. The work in question has run.
+std::string check_quantized(const Problem& problem);
+std::string check_dequantized(const Problem& problem);
+std::string check_matmul(const Problem& problem, int64_t m);
+std::string check_matmul_transposed(const Problem& problem, int64_t m);
+
+}  // namespace qn_bench
