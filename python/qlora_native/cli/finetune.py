@@ -308,14 +308,14 @@ def _train(
     curve = [[e["step"], e["eval_loss"]] for e in trainer.state.log_history if "eval_loss" in e]
     if held_out:
         curve = [[0, before], *[point for point in curve if point[0] > 0]]
-        return {
-            "eval_loss_before": before,
-            "eval_loss_after": after,
-            "eval_loss": curve,
-            "tokens_per_second": (trainer.state.num_input_tokens_seen - seen_before) / seconds,
-            "train_tokens": trainer.state.num_input_tokens_seen,
-            "train_seconds": seconds,
-        }
+    return {
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+        "eval_loss": curve,
+        "tokens_per_second": (trainer.state.num_input_tokens_seen - seen_before) / seconds,
+        "train_tokens": trainer.state.num_input_tokens_seen,
+        "train_seconds": seconds,
+    }
 
 
 def _last_loss(trainer: AdapterTrainer) -> float:
