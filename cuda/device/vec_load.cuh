@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 namespace qlora_native::cuda {
 
@@ -38,25 +38,23 @@ struct alignas(16) Vector {
   T elems[kVectorElems<T>];
 };
 
-/// The elements of a vector as fp32.
-__device__ __forceinline__ void unpack(const Vector<float>& vector, float* out) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = vector.elems[i];
-}
-
-__device__ __forceinline__ void unpack(const Vector<__half>& vector, float* out) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] = __half2float(vector.elems[i]);
-}
-
-__device__ __forceinline__ void unpack(const Vector<__nv_bfloat16>& vector, float* out) {
-  // A bf16 is the upper half of its fp32: one instruction each when taken from a 32-bit word.
-  uint32_t word[4];
-  memcpy(word, &vector, sizeof(word));
+/// The elements of T in 16 bytes, as fp32. From words, because a copy through memory of a 16-bit type
+/// compiles to one access per element.
+template <class T>
+__device__ __forceinline__ void unpack(uint4 vector, float* out) {
+  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    out[2 * i] = __uint_as_float(word[i] << 16);
-    out[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+    if constexpr (sizeof(T) == 4) {
+      out[i] = __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      out[2 * i] = __half2float(__ushort_as_half(static_cast<uint16_t>(words[i])));
+      out[2 * i + 1] = __half2float(__ushort_as_half(static_cast<uint16_t>(words[i] >> 16)));
+    } else {
+      // A bf16 is the upper half of its fp32.
+      out[2 * i] = __uint_as_float(words[i] << 16);
+      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
   }
 }
 
@@ -66,7 +64,7 @@ __device__ __forceinline__ void load8(const T* source, float (&out)[8]) {
   if constexpr (kAligned) {
 #pragma unroll
     for (int v = 0; v < 8 / kVectorElems<T>; ++v) {
-      unpack(reinterpret_cast<const Vector<T>*>(source)[v], out + v * kVectorElems<T>);
+      unpack<T>(reinterpret_cast<const uint4*>(source)[v], out + v * kVectorElems<T>);
     }
   } else {
 #pragma unroll

@@ -64,21 +64,23 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t q) { return q ^ ((q >> 3) 
 /// Copies x[m0 .. m0 + kXRows, k0 .. k0 + stage_k] to shared memory, zeros where there is no element.
 template <class T, int kXRows>
 __device__ __forceinline__ void stage_x(const GemvParams<T>& p, int64_t m0, int64_t k0,
-                                        Vector<T>* stage) {
+                                        uint4* stage) {
   constexpr int kElems = kVectorElems<T>;
   const uint32_t vectors_per_row = static_cast<uint32_t>(p.stage_k) / kElems;
 #pragma unroll
   for (int row = 0; row < kXRows; ++row) {
     const T* source = p.x + (m0 + row) * p.x_stride + k0;
     for (uint32_t q = threadIdx.x; q < vectors_per_row; q += kThreads) {
-      Vector<T> vector{};
+      uint4 vector{};
       if (m0 + row < p.m && k0 + int64_t{q} * kElems < p.k) {
         // K is a multiple of 32 here: a vector is inside the row or outside.
         if (p.x_is_aligned) {
-          vector = reinterpret_cast<const Vector<T>*>(source)[q];
+          vector = reinterpret_cast<const uint4*>(source)[q];
         } else {
+          Vector<T> elems;
 #pragma unroll
-          for (int i = 0; i < kElems; ++i) vector.elems[i] = source[q * kElems + i];
+          for (int i = 0; i < kElems; ++i) elems.elems[i] = source[q * kElems + i];
+          vector = *reinterpret_cast<const uint4*>(&elems);
         }
       }
       stage[row * kStageStride<T, kXRows> + swizzled(q)] = vector;
@@ -101,8 +103,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
     gemv_kernel(const __grid_constant__ GemvParams<T> p) {
   constexpr int kVectorsPerWord = 8 / kVectorElems<T>;  // of x, for one 32-bit word of codes
   __shared__ LookupTable table;
-  extern __shared__ uint4 dynamic_shared[];
-  auto* const stage = reinterpret_cast<Vector<T>*>(dynamic_shared);
+  extern __shared__ uint4 stage[];
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int64_t n0 = (blockIdx.x % p.weight_tiles * kGemvWarps + warp) * kWeightRows;
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
 #pragma unroll
           for (int v = 0; v < kVectorsPerWord; ++v) {
             const uint32_t vector = first_vector ^ (word * kVectorsPerWord + v);
-            unpack(stage[row * kStageStride<T, kXRows> + vector], x + v * kVectorElems<T>);
+            unpack<T>(stage[row * kStageStride<T, kXRows> + vector], x + v * kVectorElems<T>);
           }
 #pragma unroll
           for (int r = 0; r < kWeightRows; ++r) {
