@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import report
 import torch
+
+import report
 import verify
 from implementations import Implementation, available
 from measure import OutputMemory, Timing, Work, copy_tb_per_s, time_works

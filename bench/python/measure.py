@@ -19,6 +19,8 @@ import torch
 
 Call = Callable[[], torch.Tensor]
 
+_PAUSE_S = 0.005
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -60,6 +62,8 @@ def time_on_cpu(works: dict[str, Work], rounds: int, budget_s: float) -> dict[st
             break
         for name, work in works.items():
             call = work.calls[done % len(work.calls)]
+            # The idle threads of the rival before spin for some milliseconds, on the same cores.
+            time.sleep(_PAUSE_S)
             begin = time.perf_counter()
             result = call()
             end = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from implementations import Implementation
 
 _HALF_WIDEST_GAP = {"nf4": 0.152, "fp4": 0.167, "int4": 0.072}

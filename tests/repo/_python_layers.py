@@ -11,7 +11,7 @@ PACKAGE = "qlora_native"
 # public names, which what stands on the library uses like any user.
 LAYERS = (
     ("_C", "_files"),
-    ("_checks",),
+    ("_checks", "_threads"),
     ("_library",),
     ("functional", "kernels"),
     ("nn", "optim", "memory"),

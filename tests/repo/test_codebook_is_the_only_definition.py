@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 import pytest
+
 from _sources import CPP_SUFFIXES, ROOT, read_texts
 
 CODEBOOK = "cpp/include/qlora_native/codebook.h"

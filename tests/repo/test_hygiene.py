@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 import pytest
+
 from _sources import read_texts
 
 MAX_LINES = 400

@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
+import pytest
+
 import _cpp_layers
 import _python_layers
-import pytest
 from _sources import CPP_SUFFIXES, all_files, read_texts
 
 # Sources of one backend that have no twin by name in the other, and why.

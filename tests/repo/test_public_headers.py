@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from _sources import ROOT, all_files
 
 INCLUDE = "cpp/include"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from _examples import NOT_RUN, Example, examples
 from _sources import ROOT
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from _sources import ROOT
 
 STUB = ROOT / "python" / "qlora_native" / "_C.pyi"
