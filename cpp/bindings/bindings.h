@@ -4,4 +4,5 @@
 #include <nanobind/nanobind.h>
 
 void bind_kernels(nanobind::module_& m);
+void bind_cpu_threads(nanobind::module_& m);
 void bind_ops(nanobind::module_& m);

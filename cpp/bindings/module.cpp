@@ -57,9 +57,8 @@ NB_MODULE(_C, m) {
       });
   m.def("list_devices", &qn::list_devices);
   m.def("cuda_unavailable_reason", &qn::cuda_unavailable_reason);
-  m.def("cpu_threads", &qn::cpu_threads);
-  m.def("set_cpu_threads", &qn::set_cpu_threads, nb::arg("threads"));
 
+  bind_cpu_threads(m);
   bind_kernels(m);
   bind_ops(m);
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from qlora_native import _C, _checks
+from qlora_native import _C, _checks, _threads
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
@@ -28,6 +28,8 @@ _LIBRARY.define(
 _LIBRARY.define(f"dequantize_4bit({_WEIGHT}, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 _LIBRARY.define(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor")
+
+_threads.share_torch_threads()
 
 _DENSE_PANEL_BYTES = 8 << 20
 """On a CPU the dense path decodes the weight in row panels of about this size: a buffer that the

@@ -50,4 +50,13 @@ QN_API int cpu_threads() noexcept;
 /// Sets `cpu_threads()`. Throws InvalidArgument when `threads` < 1.
 QN_API void set_cpu_threads(int threads);
 
+/// Runs `body(context)` on up to `threads` threads at once, the caller's among them, and returns when
+/// every run is over. Fewer runs than asked for are fine, one too. `body` does not throw.
+using CpuExecutor = void (*)(int threads, void (*body)(void* context), void* context);
+
+/// From now on operations on the CPU run on the threads of `executor` (null: the library's own). For
+/// programs that have a thread pool already: two pools whose idle threads spin, as OpenMP's do, take
+/// the cores from each other. A forked child starts without one.
+QN_API void set_cpu_executor(CpuExecutor executor) noexcept;
+
 }  // namespace qlora_native

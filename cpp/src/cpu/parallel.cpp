@@ -10,7 +10,6 @@
 #include <mutex>
 #include <string>
 #include <thread>
-#include <utility>
 
 #include "qlora_native/device.h"
 #include "qlora_native/error.h"
@@ -31,6 +30,11 @@ int hardware_threads() {
 
 std::atomic<int>& thread_setting() {
   static std::atomic<int> setting{hardware_threads()};
+  return setting;
+}
+
+std::atomic<CpuExecutor>& executor_setting() {
+  static std::atomic<CpuExecutor> setting{nullptr};
   return setting;
 }
 
@@ -83,34 +87,81 @@ class InsideScope {
   bool previous_;
 };
 
-/// One job at a time. A job's fields are written while it is closed and no worker is inside it:
-/// a worker enters by raising `inside_` and then looking at `open_`, the caller leaves by clearing
-/// `open_` and then waiting for `inside_` to be 0, so one of the two always sees the other. A worker
-/// that wakes up late finds the job closed and costs the caller nothing.
+/// IEEE rounding and subnormals while in scope, whatever the thread was set to: the bytes must not
+/// depend on the thread that computes them.
+class DefaultFloatScope {
+ public:
+  DefaultFloatScope() {
+    std::fegetenv(&previous_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatScope() { std::fesetenv(&previous_); }
+  DefaultFloatScope(const DefaultFloatScope&) = delete;
+  DefaultFloatScope& operator=(const DefaultFloatScope&) = delete;
+
+ private:
+  std::fenv_t previous_;
+};
+
+/// One call of parallel_for: indices are handed out in chunks to whoever works on it.
+class Job {
+ public:
+  Job(int64_t range, int64_t grain, detail::RangeFn fn, void* context)
+      : range_(range), grain_(grain), fn_(fn), context_(context) {}
+
+  /// Takes chunks until there are none left. Does not throw.
+  void work() {
+    const InsideScope inside;
+    const DefaultFloatScope float_scope;
+    for (;;) {
+      const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+      if (begin >= range_) return;
+      try {
+        fn_(context_, begin, range_ - begin < grain_ ? range_ : begin + grain_);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(error_mutex_);
+        if (!error_) error_ = std::current_exception();
+        next_.store(range_, std::memory_order_relaxed);
+      }
+    }
+  }
+
+  void rethrow_error() {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  const int64_t range_;
+  const int64_t grain_;
+  const detail::RangeFn fn_;
+  void* const context_;
+  std::mutex error_mutex_;
+  std::exception_ptr error_;
+  alignas(64) std::atomic<int64_t> next_{0};
+};
+
+/// The library's own threads. One job at a time. The job is set while it is closed and no worker is
+/// inside it: a worker enters by raising `inside_` and then looking at `open_`, the caller leaves by
+/// clearing `open_` and then waiting for `inside_` to be 0, so one of the two always sees the other.
+/// A worker that wakes up late finds the job closed and costs the caller nothing.
 class Pool {
  public:
   /// False, and nothing ran, when another thread uses the pool.
-  bool try_run(int64_t range, int64_t grain, detail::RangeFn fn, void* context, int threads) {
+  bool try_run(Job& job, int threads) {
     std::unique_lock<std::mutex> lock(caller_, std::try_to_lock);
     if (!lock.owns_lock()) return false;
     start_workers(threads - 1);
 
-    range_ = range;
-    grain_ = grain;
-    fn_ = fn;
-    context_ = context;
+    job_ = &job;
     allowed_workers_ = threads - 1;
-    next_.store(0, std::memory_order_relaxed);
-    error_ = nullptr;
     open_.store(true);
     generation_.fetch_add(1);
     generation_.notify_all();
 
-    work();
+    job.work();
     open_.store(false);
     const auto all_left = [this] { return inside_.load() == 0; };
     while (!spin_until(all_left, std::chrono::microseconds(50))) std::this_thread::yield();
-    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     return true;
   }
 
@@ -128,8 +179,6 @@ class Pool {
   }
 
   void worker_main(int index) {
-    // A thread inherits its creator's rounding mode and flush-to-zero bits; the bytes must not.
-    std::fesetenv(FE_DFL_ENV);
     uint32_t seen = 0;
     for (;;) {
       const auto has_news = [this, seen] { return generation_.load() != seen; };
@@ -137,38 +186,15 @@ class Pool {
       if (!spin_until(has_news, std::chrono::microseconds(30))) generation_.wait(seen);
       seen = generation_.load();
       inside_.fetch_add(1);
-      if (open_.load() && index < allowed_workers_) work();
+      if (open_.load() && index < allowed_workers_) job_->work();
       inside_.fetch_sub(1);
-    }
-  }
-
-  void work() {
-    const InsideScope scope;
-    for (;;) {
-      const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-      if (begin >= range_) return;
-      try {
-        fn_(context_, begin, range_ - begin < grain_ ? range_ : begin + grain_);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(error_mutex_);
-        if (!error_) error_ = std::current_exception();
-        next_.store(range_, std::memory_order_relaxed);
-      }
     }
   }
 
   std::mutex caller_;
   int started_ = 0;
-
-  int64_t range_ = 0;
-  int64_t grain_ = 1;
-  detail::RangeFn fn_ = nullptr;
-  void* context_ = nullptr;
+  Job* job_ = nullptr;
   int allowed_workers_ = 0;
-  std::mutex error_mutex_;
-  std::exception_ptr error_;
-
-  alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<bool> open_{false};
   std::atomic<int> inside_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
@@ -177,14 +203,20 @@ class Pool {
 /// Never destroyed: its workers may still be asleep in it when the process ends.
 std::atomic<Pool*> the_pool{nullptr};
 
+/// A forked child has none of its parent's threads, and they may have been in the middle of
+/// something: the child leaves them alone and starts threads of its own at its first call.
+void forget_threads_after_fork() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    the_pool.store(nullptr, std::memory_order_release);
+    executor_setting().store(nullptr, std::memory_order_release);
+  });
+  static_cast<void>(registered);
+}
+
 Pool& pool() {
   Pool* current = the_pool.load(std::memory_order_acquire);
   if (current) return *current;
-  // A forked child has none of its parent's threads, and the parent's pool may have been in use by
-  // one of them: the child leaves it alone and makes its own at the first call.
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_release); });
-  static_cast<void>(registered);
+  forget_threads_after_fork();
   auto* fresh = new Pool;
   if (the_pool.compare_exchange_strong(current, fresh)) return *fresh;
   delete fresh;
@@ -200,11 +232,27 @@ void parallel_for(int64_t range, int64_t grain, RangeFn fn, void* context) {
   if (grain < 1) grain = 1;
   const int64_t chunks = range / grain + (range % grain != 0);
   const auto threads = static_cast<int>(chunks < cpu_threads() ? chunks : cpu_threads());
-  if (threads > 1 && !inside_parallel_for && pool().try_run(range, grain, fn, context, threads)) return;
-  const InsideScope scope;
-  fn(context, 0, range);
+  if (threads == 1 || inside_parallel_for) {
+    const InsideScope inside;
+    const DefaultFloatScope float_scope;
+    fn(context, 0, range);
+    return;
+  }
+  Job job(range, grain, fn, context);
+  if (const CpuExecutor executor = executor_setting().load(std::memory_order_acquire)) {
+    executor(threads, [](void* shared) { static_cast<Job*>(shared)->work(); }, &job);
+  } else if (!pool().try_run(job, threads)) {
+    job.work();
+  }
+  job.rethrow_error();
 }
 
 }  // namespace detail
 }  // namespace cpu
+
+void set_cpu_executor(CpuExecutor executor) noexcept {
+  cpu::forget_threads_after_fork();
+  executor_setting().store(executor, std::memory_order_release);
+}
+
 }  // namespace qlora_native
