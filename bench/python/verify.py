@@ -58,7 +58,7 @@ def check_product(
     got = product[:, columns].double()
     # One rounding of the result, and fp32 sums (or, inside a rival, a rounded weight) before it.
     unit = torch.finfo(product.dtype).eps
-    limit = unit * (exact.abs() + 0.1 * scale) + 1e-5 * scale
+    limit = unit * (exact.abs() + 0.03 * scale) + 1e-5 * scale
     excess = ((got - exact).abs() - limit).max()
     _require(
         bool(torch.isfinite(got).all()) and float(excess) <= 0,
