@@ -45,6 +45,23 @@ def finished(folder):
     return output, result
 
 
+def signal_after_step(line, step, number):
+    """Sends a signal to a command when it has logged a step; returns its exit code and stderr."""
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    lines = []
+    try:
+        for text in process.stderr:
+            lines.append(text)
+            if text.startswith(step):
+                break
+        process.send_signal(number)
+        lines.append(process.communicate(timeout=100)[1])
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, "".join(lines)
+
+
 def log_of(output):
     report = json.loads((output / "report.json").read_text())
     return report["train_loss"], report["eval_loss"]
@@ -59,7 +76,8 @@ def test_learns_and_leaves_its_files(finished):
     assert [step for step, _ in report["train_loss"]] == [1, 2, 3, 4, 5, 6]
     assert report["steps"] == 6
     assert report["tokens_per_second"] > 0
-    assert report["train_tokens"] == 6 * 4 * 32
+    # One of the sequences is the short end of the text.
+    assert 6 * 4 * 32 - 32 < report["train_tokens"] < 6 * 4 * 32
     assert report["peak_memory_bytes"] > 2**20
     # r * (in + out) over q, k, v, o, gate, up, down of two layers.
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
@@ -104,17 +122,8 @@ def test_resumed_after_a_kill_equals_an_uninterrupted_run(folder, finished):
     output = folder / "killed"
     line = [sys.executable, "-m", "qlora_native"]
     line += [str(a) for a in arguments(folder, output, save_steps=2, eval_steps=3)]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    try:
-        for text in process.stderr:
-            if text.startswith("step 3/"):
-                break
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-    assert process.returncode == -signal.SIGKILL
+    code, err = signal_after_step(line, "step 3/", signal.SIGKILL)
+    assert code == -signal.SIGKILL, err
     assert not (output / "adapter_model.safetensors").exists()
     assert (output / "checkpoint-2" / "trainer_state.json").is_file()
     result = run_cli("finetune", "--config", output / "run.yaml", "--resume")
@@ -129,17 +138,8 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(folder):
     output = folder / "stopped"
     line = [sys.executable, "-m", "qlora_native"]
     line += [str(a) for a in arguments(folder, output, max_steps=100000)]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    try:
-        for text in process.stderr:
-            if text.startswith("step 2/"):
-                break
-        process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130
+    code, err = signal_after_step(line, "step 2/", signal.SIGINT)
+    assert code == 130, err
     [checkpoint] = output.glob("checkpoint-*")
     assert f"{checkpoint} is whole" in err
     assert f"qlora-native finetune --config {output}/run.yaml --resume" in err
