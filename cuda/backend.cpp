@@ -10,13 +10,13 @@
 namespace qlora_native::cuda {
 namespace {
 
-/// A kernel that reads a misaligned element faults, and with it the process's CUDA context: declined
-/// here. Wider alignment than an element's own is never needed.
+/// A kernel that reads a misaligned element faults, and with it the process's CUDA context:
+/// declined here. Wider alignment than an element's own is never needed.
 bool has_natural_alignment(const char* what, const void* data, int64_t elem_bytes,
                            std::string* why_not) {
   if (is_aligned(data, static_cast<size_t>(elem_bytes))) return true;
-  *why_not = std::string(what) + " is not aligned to its elements of " + std::to_string(elem_bytes) +
-             " bytes";
+  *why_not = std::string(what) + " is not aligned to its elements of " +
+             std::to_string(elem_bytes) + " bytes";
   return false;
 }
 
@@ -29,7 +29,8 @@ bool scales_are_aligned(const AnyAbsmax& absmax, std::string* why_not) {
 }
 
 bool supports_quantize(const QuantizeArgs& args, std::string* why_not) {
-  return has_natural_alignment("the input", args.input.data, size_bytes(args.input.dtype), why_not) &&
+  return has_natural_alignment("the input", args.input.data, size_bytes(args.input.dtype),
+                               why_not) &&
          has_natural_alignment("the pinned offset", args.pinned_offset, sizeof(float), why_not) &&
          scales_are_aligned(args.output.absmax, why_not);
 }

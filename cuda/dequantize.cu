@@ -2,13 +2,13 @@
 //
 // One launch, the nested absmax included.
 //
-// Grid: one thread block of 256 threads per tile of 256 * kItems items; an item is the elements of one
-// 16-byte store (8 of a 16-bit type, 4 of fp32) and thread t owns items t, t + 256, ... of the tile, so
-// that a warp reads 128 (64) consecutive bytes of codes and writes 512 consecutive bytes. An item lies
-// in one quantization block, since block sizes are multiples of 32.
+// Grid: one thread block of 256 threads per tile of 256 * kItems items; an item is the elements of
+// one 16-byte store (8 of a 16-bit type, 4 of fp32) and thread t owns items t, t + 256, ... of the
+// tile, so that a warp reads 128 (64) consecutive bytes of codes and writes 512 consecutive bytes.
+// An item lies in one quantization block, since block sizes are multiples of 32.
 //
-// Each thread first issues all its loads (codes, then scales), and the table is filled meanwhile: the
-// latencies of kItems items overlap.
+// Each thread first issues all its loads (codes, then scales), and the table is filled meanwhile:
+// the latencies of kItems items overlap.
 //
 // Layouts: element e is a nibble of packed[e / 2] (even e: the high one), block e / block_size,
 // group block / 256. Pointers that are not aligned for the wide accesses take narrow ones
@@ -52,7 +52,8 @@ __device__ __forceinline__ uint32_t load_item_codes(const uint8_t* source) {
   } else {
     uint32_t word = 0;
 #pragma unroll
-    for (int byte = 0; byte < kBytes; ++byte) word |= static_cast<uint32_t>(source[byte]) << (8 * byte);
+    for (int byte = 0; byte < kBytes; ++byte)
+      word |= static_cast<uint32_t>(source[byte]) << (8 * byte);
     return word;
   }
 }
@@ -72,7 +73,8 @@ __device__ __forceinline__ void store_item(T* target, const float (&weights)[8],
   }
 }
 
-/// One tile. `kFull`: it lies inside the array, so that nothing is guarded and the items interleave.
+/// One tile. `kFull`: it lies inside the array, so that nothing is guarded and the items
+/// interleave.
 template <bool kFull, bool kAligned, class T, bool kDoubleQuant>
 __device__ __forceinline__ void decode_tile(const DequantizeParams<T>& p,
                                             const ScaleReader<kDoubleQuant>& scales, int64_t first,

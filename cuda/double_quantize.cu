@@ -4,18 +4,18 @@
 //   codes[b]   = nearest entry of the signed dynamic map to (a[b] - offset) * (1 / absmax2[g])
 //
 // The mean is summed in fp64 in the one order that every backend uses:
-//   stage 1: partial[g] is the pairwise tree over the group's 256 slots (a missing or non-finite value
-//            counts as 0): for stride 128, 64, ..., 1: slot[i] += slot[i + stride];
-//   stage 2: lane[j], j = 0..1023, adds partial[j], partial[j + 1024], ... in this order; then the same
-//            tree over the 1024 lanes;
+//   stage 1: partial[g] is the pairwise tree over the group's 256 slots (a missing or non-finite
+//            value counts as 0): for stride 128, 64, ..., 1: slot[i] += slot[i + stride];
+//   stage 2: lane[j], j = 0..1023, adds partial[j], partial[j + 1024], ... in this order; then the
+//            same tree over the 1024 lanes;
 //   offset = float(total / number of finite values), or 0 when there is none.
 //
-// Stage 1 and the encoding: a warp per group, 8 warps per thread block; lane l owns slots l, l + 32, ...,
-// l + 224, so that strides of 32 and more stay inside a thread and the others inside the warp.
-// Stage 2: one thread block of 1024 threads, thread j is lane j.
+// Stage 1 and the encoding: a warp per group, 8 warps per thread block; lane l owns slots l, l +
+// 32, ..., l + 224, so that strides of 32 and more stay inside a thread and the others inside the
+// warp. Stage 2: one thread block of 1024 threads, thread j is lane j.
 //
-// Bytes moved per block: 4 written by the first level and read twice here (mostly from L2), 1 written.
-// Bound: launch latency; this is 1/64 of the elements' work.
+// Bytes moved per block: 4 written by the first level and read twice here (mostly from L2), 1
+// written. Bound: launch latency; this is 1/64 of the elements' work.
 #include "double_quantize.h"
 
 #include <cstdint>
@@ -78,7 +78,8 @@ __device__ __forceinline__ T block_tree_sum(T* slots, T value) {
 }
 
 __global__ void __launch_bounds__(kSumLanes)
-    mean_kernel(const double* partials, const int32_t* finite_counts, int64_t groups, float* offset) {
+    mean_kernel(const double* partials, const int32_t* finite_counts, int64_t groups,
+                float* offset) {
   __shared__ double sum_slots[kSumLanes];
   __shared__ long long count_slots[kSumLanes];
   double sum = 0.0;
@@ -145,8 +146,8 @@ void double_quantize(const float* absmax, int64_t blocks, const float* pinned_of
     auto* const finite_counts = reinterpret_cast<int32_t*>(partials + groups);
     launch("quantize_4bit sum of groups", sum_groups_kernel, warp_per_group, stream, absmax, blocks,
            groups, partials, finite_counts);
-    launch("quantize_4bit mean of absmax", mean_kernel, {1, kSumLanes}, stream, partials, finite_counts,
-           groups, out.offset);
+    launch("quantize_4bit mean of absmax", mean_kernel, {1, kSumLanes}, stream, partials,
+           finite_counts, groups, out.offset);
   } else if (pinned_offset != out.offset) {
     QN_CUDA_TRY(cudaMemcpyAsync(out.offset, pinned_offset, sizeof(float), cudaMemcpyDeviceToDevice,
                                 stream));

@@ -1,26 +1,27 @@
 // For every block of block_size elements x:
-//   absmax = max |x|,  code = encode(x * (1 / absmax)) in fp32, IEEE rounding; zeros, NaN and infinity
-//   as quantize.h says. Bytes equal to the CPU backend's.
+//   absmax = max |x|,  code = encode(x * (1 / absmax)) in fp32, IEEE rounding; zeros, NaN and
+//   infinity as quantize.h says. Bytes equal to the CPU backend's.
 //
-// A unit is 8 consecutive elements in one thread: one 16-byte load (two for fp32), one 4-byte store of
-// codes. It lies in one quantization block, since block sizes are multiples of 32.
+// A unit is 8 consecutive elements in one thread: one 16-byte load (two for fp32), one 4-byte store
+// of codes. It lies in one quantization block, since block sizes are multiples of 32.
 //
-// Blocks of up to 256 elements (quantize_kernel): a warp takes 256 consecutive elements, so a block is
-// held by block_size / 8 neighbouring lanes, and its maximum is a butterfly over them. A thread block
-// of 256 threads covers a tile of 2048 * kUnits elements; thread t owns units t, t + 256, ... of it.
-// All loads are issued before the first use.
-// Larger blocks (quantize_large_kernel): a warp per block, which reads it twice, the second time from
-// the caches, so that registers do not limit the size.
+// Blocks of up to 256 elements (quantize_kernel): a warp takes 256 consecutive elements, so a block
+// is held by block_size / 8 neighbouring lanes, and its maximum is a butterfly over them. A thread
+// block of 256 threads covers a tile of 2048 * kUnits elements; thread t owns units t, t + 256, ...
+// of it. All loads are issued before the first use.
+// Larger blocks (quantize_large_kernel): a warp per block, which reads it twice, the second time
+// from the caches, so that registers do not limit the size.
 //
-// Layouts: element e of a [rows, cols] array in row-major order is a nibble of packed[e / 2] (even e:
-// the high one) and belongs to block e / block_size. Pointers that are not aligned for wide accesses
-// take narrow ones (kAligned = false).
+// Layouts: element e of a [rows, cols] array in row-major order is a nibble of packed[e / 2] (even
+// e: the high one) and belongs to block e / block_size. Pointers that are not aligned for wide
+// accesses take narrow ones (kAligned = false).
 //
-// The maximum is taken on bit patterns without the sign: integer order is the order of finite floats,
-// and infinity and NaN come out on top, so one comparison finds them.
+// The maximum is taken on bit patterns without the sign: integer order is the order of finite
+// floats, and infinity and NaN come out on top, so one comparison finds them.
 //
-// Bytes moved per element: sizeof(T) + 1/2 + 4 / block_size. Bound: issue slots, about 16 per element
-// with a BucketTable (NF4, INT4) and 34 with a DecisionTree (FP4), against 17 that memory would allow.
+// Bytes moved per element: sizeof(T) + 1/2 + 4 / block_size. Bound: issue slots, about 16 per
+// element with a BucketTable (NF4, INT4) and 34 with a DecisionTree (FP4), against 17 that memory
+// would allow.
 #include <cstdint>
 #include <type_traits>
 
@@ -53,9 +54,11 @@ struct QuantizeParams {
   int block_shift;  ///< log2(block_size)
 };
 
-/// The unit from element `elem`, zeros past the end: they change no maximum and encode to the zero code.
+/// The unit from element `elem`, zeros past the end: they change no maximum and encode to the zero
+/// code.
 template <bool kAligned, class T>
-__device__ __forceinline__ void load_unit(const QuantizeParams<T>& p, int64_t elem, float (&x)[kUnit]) {
+__device__ __forceinline__ void load_unit(const QuantizeParams<T>& p, int64_t elem,
+                                          float (&x)[kUnit]) {
   if (elem + kUnit <= p.numel) {
     load8<kAligned>(p.input + elem, x);
   } else {
@@ -178,8 +181,12 @@ void quantize_simt(const QuantizeArgs& args, Workspace workspace, Stream stream)
   float* const absmax = double_quant ? static_cast<float*>(workspace.data) : out.absmax.values;
   visit_dtype(args.input.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const QuantizeParams<T> params{static_cast<const T*>(args.input.data), out.packed, absmax,
-                                   out.codebook, out.numel(), block_shift(out.block_size)};
+    const QuantizeParams<T> params{static_cast<const T*>(args.input.data),
+                                   out.packed,
+                                   absmax,
+                                   out.codebook,
+                                   out.numel(),
+                                   block_shift(out.block_size)};
     const bool aligned = is_aligned(params.input, 16) && is_aligned(params.packed, 4);
     visit_bool(BucketTable::fits(out.codebook), [&](auto fits) {
       using Encoder = std::conditional_t<decltype(fits)::value, BucketTable, DecisionTree>;

@@ -10,9 +10,9 @@ namespace qlora_native::cuda {
 /// The dynamic map where kernels can index it: 2 KB, in the L1 cache of every SM that uses it.
 static __device__ const DynamicMap kDynamicMapOnDevice = kSignedDynamicMap;
 
-/// Sixteen fp32 values in shared memory. Any 32 lookups are free of bank conflicts: sixteen words lie
-/// in sixteen banks, and lanes that want the same word share one read. Aligned to 256 bytes, so that
-/// the lowest byte of an entry's address is its offset in the table.
+/// Sixteen fp32 values in shared memory. Any 32 lookups are free of bank conflicts: sixteen words
+/// lie in sixteen banks, and lanes that want the same word share one read. Aligned to 256 bytes, so
+/// that the lowest byte of an entry's address is its offset in the table.
 struct alignas(256) LookupTable {
   float values[16];
 
@@ -30,12 +30,12 @@ __device__ __forceinline__ float load_shared(uint32_t address) {
   return value;
 }
 
-/// Decodes the eight codes of a 32-bit word (four bytes in memory order, the first element of each in
-/// its high nibble).
+/// Decodes the eight codes of a 32-bit word (four bytes in memory order, the first element of each
+/// in its high nibble).
 __device__ __forceinline__ void decode8(const LookupTable& table, uint32_t word, float (&out)[8]) {
   const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(table.values));
-  // Byte i of `first` and `second` is the offset of an entry: a mask and a shift serve four codes, and
-  // one permutation per code puts the offset in place of the base's lowest byte.
+  // Byte i of `first` and `second` is the offset of an entry: a mask and a shift serve four codes,
+  // and one permutation per code puts the offset in place of the base's lowest byte.
   const uint32_t first = (word >> 2) & 0x3c3c3c3cu;
   const uint32_t second = (word << 2) & 0x3c3c3c3cu;
 #pragma unroll
@@ -60,7 +60,8 @@ struct BlockScales {
   int block_shift;  ///< log2(block_size)
 };
 
-/// What was loaded for a block, before the arithmetic: so that loads of several blocks can be in flight.
+/// What was loaded for a block, before the arithmetic: so that loads of several blocks can be in
+/// flight.
 struct RawScale {
   float value;    ///< absmax, or absmax2 when double-quantized
   uint32_t code;  ///< double-quantized only

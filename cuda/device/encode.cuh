@@ -1,4 +1,5 @@
-// From floats to codes: the absolute maximum on bit patterns, and the search of the decision points.
+// From floats to codes: the absolute maximum on bit patterns, and the search of the decision
+// points.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,8 @@ namespace qlora_native::cuda {
 inline constexpr uint32_t kInfinityBits = 0x7f800000u;
 inline constexpr uint32_t kNaNBits = 0x7fc00000u;
 
-/// |x| as bits: unsigned comparison orders finite values as floats, and puts infinity and NaN above.
+/// |x| as bits: unsigned comparison orders finite values as floats, and puts infinity and NaN
+/// above.
 __device__ __forceinline__ uint32_t abs_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
 /// What a block, or a group of blocks, is scaled by.
@@ -34,13 +36,13 @@ struct ScaleOf {
   }
 };
 
-// Two encoders of values scaled to [-1, 1]. Both live in shared memory, are filled by the first threads
-// of the thread block (a __syncthreads() must follow), and make exactly the comparisons x > point that
-// decide the code, so they agree with encode_4bit in every bit.
+// Two encoders of values scaled to [-1, 1]. Both live in shared memory, are filled by the first
+// threads of the thread block (a __syncthreads() must follow), and make exactly the comparisons x >
+// point that decide the code, so they agree with encode_4bit in every bit.
 
 /// For any codebook: the fifteen decision points as a search tree. Node i has the children 2i and
-/// 2i + 1, the root is node 1, and four steps end at leaf 16 + rank. One read per step, free of bank
-/// conflicts. About 26 instructions per value.
+/// 2i + 1, the root is node 1, and four steps end at leaf 16 + rank. One read per step, free of
+/// bank conflicts. About 26 instructions per value.
 struct DecisionTree {
   float points[16];  ///< entry 0 is not used
   uint32_t code_of_rank[16];
@@ -63,10 +65,10 @@ struct DecisionTree {
   }
 };
 
-/// For codebooks whose code is the rank and whose decision points are far enough apart (`fits`): [-1, 1]
-/// is cut into equal buckets with at most one point in each, so that one comparison decides. Whether
-/// a rounded bucket index is off does not matter: it grows with x, and the points were put into
-/// buckets by the same formula. About 8 instructions per value.
+/// For codebooks whose code is the rank and whose decision points are far enough apart (`fits`):
+/// [-1, 1] is cut into equal buckets with at most one point in each, so that one comparison
+/// decides. Whether a rounded bucket index is off does not matter: it grows with x, and the points
+/// were put into buckets by the same formula. About 8 instructions per value.
 struct BucketTable {
   struct alignas(8) Bucket {
     float point;    ///< the decision point inside, or infinity
@@ -81,28 +83,36 @@ struct BucketTable {
     return __builtin_bit_cast(uint32_t, fmaf(x, 16.0f, 12582912.0f + 16.0f)) % kBuckets;
   }
 
+  /// The bucket of a decision point; -1 when it lies below every x, kBuckets when above.
+  __host__ __device__ static __forceinline__ int bucket_of_point(float point) {
+    constexpr float kBound = 1.01f;  // x can exceed 1 by the rounding of x * (1 / absmax)
+    if (point < -kBound) return -1;
+    return point > kBound ? kBuckets : static_cast<int>(bucket_of(point));
+  }
+
   static bool fits(const Codebook& codebook) {
-    bool taken[kBuckets] = {};
-    for (int i = 0; i < 16; ++i) {
-      if (codebook.code_of_rank[i] != i) return false;
+    for (int rank = 0; rank < 16; ++rank) {
+      if (codebook.code_of_rank[rank] != rank) return false;
     }
-    for (const float point : codebook.decision_points) {
-      // A point outside [-1, 1] would share a bucket with its image inside.
-      if (!(point >= -1.0f && point <= 1.0f) || taken[bucket_of(point)]) return false;
-      taken[bucket_of(point)] = true;
+    // The points ascend: two in one bucket are neighbours.
+    for (int i = 0; i + 1 < 15; ++i) {
+      const int bucket = bucket_of_point(codebook.decision_points[i]);
+      const bool is_shared = bucket == bucket_of_point(codebook.decision_points[i + 1]);
+      if (is_shared && bucket >= 0 && bucket < kBuckets) return false;
     }
     return true;
   }
 
   __device__ __forceinline__ void fill(const Codebook& codebook) {
-    const uint32_t index = threadIdx.x;
+    const int index = static_cast<int>(threadIdx.x);
     if (index >= kBuckets) return;
     Bucket bucket{__uint_as_float(kInfinityBits), 0};
 #pragma unroll
     for (int i = 0; i < 15; ++i) {
       const float point = codebook.decision_points[i];
-      if (bucket_of(point) == index) bucket.point = point;
-      if (bucket_of(point) < index) ++bucket.rank;
+      const int place = bucket_of_point(point);
+      if (place == index) bucket.point = point;
+      if (place < index) ++bucket.rank;
     }
     buckets[index] = bucket;
   }

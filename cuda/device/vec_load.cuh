@@ -38,8 +38,8 @@ struct alignas(16) Vector {
   T elems[kVectorElems<T>];
 };
 
-/// The elements of T in 16 bytes, as fp32. From words, because a copy through memory of a 16-bit type
-/// compiles to one access per element.
+/// The elements of T in 16 bytes, as fp32. From words, because a copy through memory of a 16-bit
+/// type compiles to one access per element.
 template <class T>
 __device__ __forceinline__ void unpack(uint4 vector, float* out) {
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};

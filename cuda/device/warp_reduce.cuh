@@ -27,7 +27,8 @@ __device__ __forceinline__ uint32_t group_max(uint32_t value, int width) {
   return value;
 }
 
-/// The sum over the warp in lane 0 as a pairwise tree: lane i adds lane i + stride, strides 16, 8, 4, 2, 1.
+/// The sum over the warp in lane 0 as a pairwise tree: lane i adds lane i + stride, strides 16, 8,
+/// 4, 2, 1.
 template <class T>
 __device__ __forceinline__ T warp_tree_sum(T value) {
 #pragma unroll

@@ -4,15 +4,15 @@
 //   transposed  dX[M,K] = dY[M,N] * W[N,K]             rows = M, cols = K, depth = N
 // Both read the same storage: only the direction in which a tile of W is walked differs.
 //
-// Grid: one thread block of 256 threads per tile of kTileRows x 64 of the output; neighbouring thread
-// blocks share the tile of W, so that its codes are read from L2. The threads form 16 x 16; thread
-// (ty, tx) owns rows ty * kRowsPerThread.. and columns 4 * tx.. of the tile.
+// Grid: one thread block of 256 threads per tile of kTileRows x 64 of the output; neighbouring
+// thread blocks share the tile of W, so that its codes are read from L2. The threads form 16 x 16;
+// thread (ty, tx) owns rows ty * kRowsPerThread.. and columns 4 * tx.. of the tile.
 //
 // Every 32 steps of the depth, a tile of activations [32][kTileRows] and a tile of decoded weights
 // [32][64] are put into shared memory as fp32, depth first. A load unit is 8 elements that are
 // neighbours in memory: along the depth for activations and forward weights, along the columns for
-// transposed weights. With K a multiple of 8 and aligned codes, a unit of weights is one 4-byte load
-// and lies in one quantization block; otherwise it is read element by element.
+// transposed weights. With K a multiple of 8 and aligned codes, a unit of weights is one 4-byte
+// load and lies in one quantization block; otherwise it is read element by element.
 //
 // The depth is walked in one order: the same arguments give the same bits.
 //
@@ -34,9 +34,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTileDepth = 32;
-constexpr int kUnit = 8;      // elements per load unit
+constexpr int kUnit = 8;  // elements per load unit
 constexpr int kColsPerThread = 4;
-constexpr int kPadding = 4;   // floats after each row of a shared tile; keeps rows 16-byte aligned
+constexpr int kPadding = 4;  // floats after each row of a shared tile; keeps rows 16-byte aligned
 static_assert(kThreads == kTileDepth * kGemmTileCols / kUnit, "one unit of weights per thread");
 static_assert(kGemmTileCols == 16 * kColsPerThread);
 
@@ -72,8 +72,9 @@ __device__ __forceinline__ void load_activations(const GemmParams<T>& p, int64_t
 /// The weights of the unit that starts at row n, column k of W, zeros outside W.
 template <class T, bool kDoubleQuant>
 __device__ __forceinline__ void load_weights(const GemmParams<T>& p, const LookupTable& table,
-                                             const ScaleReader<kDoubleQuant>& scales, bool row_exists,
-                                             int64_t n, int64_t k, float (&out)[kUnit]) {
+                                             const ScaleReader<kDoubleQuant>& scales,
+                                             bool row_exists, int64_t n, int64_t k,
+                                             float (&out)[kUnit]) {
   const int64_t elem = n * p.weight_cols + k;
   if (row_exists && k < p.weight_cols && p.weight_is_aligned) {
     // K is a multiple of 8: the whole unit exists.
@@ -86,8 +87,8 @@ __device__ __forceinline__ void load_weights(const GemmParams<T>& p, const Looku
     for (int i = 0; i < kUnit; ++i) {
       out[i] = 0.0f;
       if (row_exists && k + i < p.weight_cols) {
-        out[i] = __fmul_rn(table[load_code(p.packed, elem + i)],
-                           scales.decode(scales.load(elem + i)));
+        out[i] =
+            __fmul_rn(table[load_code(p.packed, elem + i)], scales.decode(scales.load(elem + i)));
       }
     }
   }
@@ -204,7 +205,8 @@ void gemm_simt(const MatmulArgs& args, Workspace, Stream stream) {
 }
 
 void gemm_transposed_simt(const MatmulTransposedArgs& args, Workspace, Stream stream) {
-  launch_gemm<true>("matmul_4bit_transposed gemm_simt", args.dy, args.weight, nullptr, args.dx, stream);
+  launch_gemm<true>("matmul_4bit_transposed gemm_simt", args.dy, args.weight, nullptr, args.dx,
+                    stream);
 }
 
 }  // namespace qlora_native::cuda

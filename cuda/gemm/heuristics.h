@@ -5,8 +5,8 @@
 
 namespace qlora_native::cuda {
 
-/// out[rows, cols] = sum over `depth` of activations[rows, depth] * weight: forward has cols = N and
-/// depth = K, transposed has cols = K and depth = N.
+/// out[rows, cols] = sum over `depth` of activations[rows, depth] * weight: forward has cols = N
+/// and depth = K, transposed has cols = K and depth = N.
 struct GemmProblem {
   int64_t rows;
   int64_t cols;
@@ -14,8 +14,8 @@ struct GemmProblem {
 };
 
 struct GemmPlan {
-  int tile_rows;       ///< 16 or 64
-  int64_t row_tiles;   ///< thread block b has row tile b % row_tiles, column tile b / row_tiles
+  int tile_rows;      ///< 16 or 64
+  int64_t row_tiles;  ///< thread block b has row tile b % row_tiles, column tile b / row_tiles
   int64_t grid;
 };
 

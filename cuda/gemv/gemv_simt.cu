@@ -1,22 +1,23 @@
 // Y[M,N] = X[M,K] * W[N,K]^T + bias for few rows of X, on the CUDA cores, fp32 accumulation.
 //
 // Vectorized kernel (K a multiple of 32, packed codes 16-byte aligned).
-//   Grid: weight_tiles * x_tiles thread blocks of 8 warps. A warp owns kWeightRows rows of W and the
-//   kXRows rows of X of its thread block, for the whole of K: no partial sums leave the warp.
-//   Along K a warp takes 1024 elements at a time: lane l has the 32 elements from l * 32 of each row,
-//   one 16-byte load of codes. They lie in one quantization block, so their products are summed
-//   unscaled and multiplied by absmax once. The next codes are loaded before the current are used.
-//   X is staged in shared memory, in its own type, stage_k elements per row at a time. Vector q of
-//   16 bytes of a row lies at position q ^ ((q >> 3) & 7): the lanes of a warp, which read at strides
-//   of 64 (128) bytes, then meet no bank conflict.
+//   Grid: weight_tiles * x_tiles thread blocks of 8 warps. A warp owns kWeightRows rows of W and
+//   the kXRows rows of X of its thread block, for the whole of K: no partial sums leave the warp.
+//   Along K a warp takes 1024 elements at a time: lane l has the 32 elements from l * 32 of each
+//   row, one 16-byte load of codes. They lie in one quantization block, so their products are
+//   summed unscaled and multiplied by absmax once. The next codes are loaded before the current are
+//   used. (Without the scale, |x| up to 1e36 cannot overflow a sum of 32.) X is staged in shared
+//   memory, in its own type, stage_k elements per row at a time. Vector q of 16 bytes of a row lies
+//   at position q ^ ((q >> 3) & 7): the lanes of a warp, which read at strides of 64 (128) bytes,
+//   then meet no bank conflict.
 //
 // Bytewise kernel (any K, any alignment): a warp per row of W, lane l has elements l, l + 32, ... .
 //
 // The sum over lanes is a butterfly of fixed order: the same arguments give the same bits.
 //
 // Bytes moved: N * K * (1/2 + scales) + M * K * sizeof(T) per x tile + M * N * sizeof(T). Bound for
-// M = 1: the reads of the decoding table, 32 values per clock and SM, and issue slots (about 4 per
-// value); memory would allow 36.
+// M = 1: the reads of the decoding table, 32 values per clock and SM, and issue slots (about 5.5
+// per value); memory would allow 36.
 #include "gemv/heuristics.h"
 
 #include <cstdint>
@@ -55,13 +56,14 @@ struct GemvParams {
 
 /// Vectors from one staged row to the next: the offsets of the rows are compile-time constants.
 template <class T, int kXRows>
-inline constexpr int kStageStride =
-    static_cast<int>(gemv_stage_capacity(kXRows, sizeof(T)) / kVectorElems<T>);
+inline constexpr int kStageStride = static_cast<int>(gemv_stage_capacity(kXRows, sizeof(T)) /
+                                                     kVectorElems<T>);
 
 /// Where vector q of a staged row lies.
 __device__ __forceinline__ uint32_t swizzled(uint32_t q) { return q ^ ((q >> 3) & 7); }
 
-/// Copies x[m0 .. m0 + kXRows, k0 .. k0 + stage_k] to shared memory, zeros where there is no element.
+/// Copies x[m0 .. m0 + kXRows, k0 .. k0 + stage_k] to shared memory, zeros where there is no
+/// element.
 template <class T, int kXRows>
 __device__ __forceinline__ void stage_x(const GemvParams<T>& p, int64_t m0, int64_t k0,
                                         uint4* stage) {
@@ -89,14 +91,17 @@ __device__ __forceinline__ void stage_x(const GemvParams<T>& p, int64_t m0, int6
 }
 
 template <class T>
-__device__ __forceinline__ void store_y(const GemvParams<T>& p, int64_t row, int64_t col, float sum) {
+__device__ __forceinline__ void store_y(const GemvParams<T>& p, int64_t row, int64_t col,
+                                        float sum) {
   if (p.bias != nullptr) sum += to_float(p.bias[col]);
   p.y[row * p.y_stride + col] = from_float<T>(sum);
 }
 
 /// Thread blocks per SM that the registers must leave room for: as many as fit without spilling.
 template <class T, int kXRows>
-inline constexpr int kMinBlocksPerSm = kXRows == 1 ? 4 : kXRows * sizeof(T) <= 16 ? 2 : 1;
+inline constexpr int kMinBlocksPerSm = kXRows == 1                ? 4
+                                       : kXRows * sizeof(T) <= 16 ? 2
+                                                                  : 1;
 
 template <class T, int kXRows, int kWeightRows, bool kDoubleQuant>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
@@ -137,8 +142,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
     __syncthreads();
     const int staged = p.k - k0 < p.stage_k ? static_cast<int>(p.k - k0) : p.stage_k;
     for (int k = lane * kLaneElems; k < staged; k += kStep) {
-      // The lane's vectors are first_vector ^ 0, ^ 1, ...: a lane's share is a power of two of them,
-      // so that counting up and swizzling are exclusive-ors of different bits.
+      // The lane's vectors are first_vector ^ 0, ^ 1, ...: a lane's share is a power of two of
+      // them, so that counting up and swizzling are exclusive-ors of different bits.
       const uint32_t first_vector = swizzled(static_cast<uint32_t>(k) / kVectorElems<T>);
       uint32_t words[kWeightRows][4];
       RawScale raw[kWeightRows];
@@ -172,7 +177,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kXRows>)
 #pragma unroll
           for (int r = 0; r < kWeightRows; ++r) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) partial[r][row] = fmaf(weights[r][i], x[i], partial[r][row]);
+            for (int i = 0; i < 8; ++i)
+              partial[r][row] = fmaf(weights[r][i], x[i], partial[r][row]);
           }
         }
       }
@@ -212,7 +218,8 @@ __global__ void __launch_bounds__(kThreads)
   float sums[kXRows] = {};
   for (int64_t k = lane; k < p.k; k += kWarpSize) {
     const int64_t elem = n * p.k + k;
-    const float weight = __fmul_rn(table[load_code(p.packed, elem)], scales.decode(scales.load(elem)));
+    const float weight =
+        __fmul_rn(table[load_code(p.packed, elem)], scales.decode(scales.load(elem)));
 #pragma unroll
     for (int row = 0; row < kXRows; ++row) {
       if (m0 + row < p.m) {
@@ -234,9 +241,8 @@ GemvProblem problem_of(const MatmulArgs& args) {
 
 template <class T, bool kDoubleQuant, int kXRows>
 void launch_gemv(const GemvPlan& plan, const GemvParams<T>& params, cudaStream_t stream) {
-  constexpr int kWeightRows = 2;
   if (plan.vectorized) {
-    launch("matmul_4bit gemv_simt", gemv_kernel<T, kXRows, kWeightRows, kDoubleQuant>,
+    launch("matmul_4bit gemv_simt", gemv_kernel<T, kXRows, kGemvWeightRows, kDoubleQuant>,
            {plan.grid, kThreads, static_cast<size_t>(plan.shared_bytes)}, stream, params);
   } else {
     launch("matmul_4bit gemv_simt (bytewise)", gemv_bytewise_kernel<T, kXRows, kDoubleQuant>,
@@ -247,10 +253,14 @@ void launch_gemv(const GemvPlan& plan, const GemvParams<T>& params, cudaStream_t
 template <class T, bool kDoubleQuant>
 void launch_gemv(const GemvPlan& plan, const GemvParams<T>& params, cudaStream_t stream) {
   switch (plan.x_rows) {
-    case 1: return launch_gemv<T, kDoubleQuant, 1>(plan, params, stream);
-    case 2: return launch_gemv<T, kDoubleQuant, 2>(plan, params, stream);
-    case 4: return launch_gemv<T, kDoubleQuant, 4>(plan, params, stream);
-    default: return launch_gemv<T, kDoubleQuant, 8>(plan, params, stream);
+    case 1:
+      return launch_gemv<T, kDoubleQuant, 1>(plan, params, stream);
+    case 2:
+      return launch_gemv<T, kDoubleQuant, 2>(plan, params, stream);
+    case 4:
+      return launch_gemv<T, kDoubleQuant, 4>(plan, params, stream);
+    default:
+      return launch_gemv<T, kDoubleQuant, 8>(plan, params, stream);
   }
 }
 

@@ -24,12 +24,11 @@ int x_rows_for(int64_t m) {
 
 GemvPlan plan_gemv(const GemvProblem& problem) {
   GemvPlan plan{};
-  // A lane's 16 bytes are 32 elements: with K a multiple of 32 they are aligned in every row and lie
-  // in one quantization block.
+  // A lane's 16 bytes are 32 elements: with K a multiple of 32 they are aligned in every row and
+  // lie in one quantization block.
   plan.vectorized = problem.k % 32 == 0 && problem.packed_is_aligned;
   plan.x_rows = x_rows_for(problem.m);
-  // Several weight rows per warp share the conversion of x; with many x rows the registers limit it.
-  plan.weight_rows = plan.vectorized ? 2 : 1;
+  plan.weight_rows = plan.vectorized ? kGemvWeightRows : 1;
   plan.weight_tiles = ceil_div(problem.n, int64_t{kGemvWarps} * plan.weight_rows);
   plan.grid = plan.weight_tiles * ceil_div(problem.m, plan.x_rows);
   if (plan.vectorized) {

@@ -1,4 +1,5 @@
-// How the GEMV is cut into thread blocks, and when it is chosen. Pure host arithmetic: no CUDA header.
+// How the GEMV is cut into thread blocks, and when it is chosen. Pure host arithmetic, no CUDA
+// header.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +7,8 @@
 namespace qlora_native::cuda {
 
 struct GemvProblem {
-  int64_t m;               ///< rows of x
-  int64_t n;               ///< rows of the weight
+  int64_t m;  ///< rows of x
+  int64_t n;  ///< rows of the weight
   int64_t k;
   int64_t x_elem_bytes;    ///< 2 or 4
   bool packed_is_aligned;  ///< the packed codes start at a multiple of 16 bytes
@@ -15,18 +16,23 @@ struct GemvProblem {
 
 /// What a thread block of the GEMV computes: y[x_rows, warps * weight_rows].
 struct GemvPlan {
-  bool vectorized;        ///< 16-byte loads of codes; false: the byte-wise kernel for any K
-  int x_rows;             ///< 1, 2, 4 or 8 rows of x
-  int weight_rows;        ///< rows of the weight per warp
-  int64_t grid;           ///< thread blocks, over both tilings
-  int64_t weight_tiles;   ///< thread block b has weight tile b % weight_tiles, x tile b / weight_tiles
-  int64_t stage_k;        ///< elements of an x row held in shared memory at a time
-  int64_t shared_bytes;   ///< of x: every row but the last takes its whole share, the last stage_k
+  bool vectorized;       ///< 16-byte loads of codes; false: the byte-wise kernel for any K
+  int x_rows;            ///< 1, 2, 4 or 8 rows of x
+  int weight_rows;       ///< rows of the weight per warp
+  int64_t grid;          ///< thread blocks, over both tilings
+  int64_t weight_tiles;  ///< thread block b: weight tile b % weight_tiles, x tile b / weight_tiles
+  int64_t stage_k;       ///< elements of an x row held in shared memory at a time
+  int64_t shared_bytes;  ///< of x: every row but the last takes its whole share, the last stage_k
 };
 
-inline constexpr int kGemvWarps = 8;          ///< per thread block
-inline constexpr int64_t kGemvStep = 1024;    ///< elements of K that a warp takes at a time: 32 per lane
-inline constexpr int64_t kGemvSharedBytes = 32768;  ///< at most, for x
+/// Warps of a thread block.
+inline constexpr int kGemvWarps = 8;
+/// Rows of the weight per warp of the vectorized kernel: they share the reading of x.
+inline constexpr int kGemvWeightRows = 2;
+/// Elements of K that a warp takes at a time: 32 per lane.
+inline constexpr int64_t kGemvStep = 1024;
+/// Shared memory for x, at most.
+inline constexpr int64_t kGemvSharedBytes = 32768;
 
 /// Elements of a row of x that its share of the shared memory holds.
 constexpr int64_t gemv_stage_capacity(int64_t x_rows, int64_t x_elem_bytes) {

@@ -30,7 +30,8 @@ std::string describe(cudaError_t status) {
 DeviceProperties query_device(int index) {
   DeviceProperties device;
   cudaDeviceProp properties{};
-  if (const cudaError_t status = cudaGetDeviceProperties(&properties, index); status != cudaSuccess) {
+  if (const cudaError_t status = cudaGetDeviceProperties(&properties, index);
+      status != cudaSuccess) {
     device.why_not = "its properties cannot be read: " + describe(status);
     return device;
   }

@@ -12,7 +12,8 @@ namespace qlora_native::cuda {
 /// on any device. The driver is asked once per process, at the first call.
 std::vector<DeviceInfo> list_devices();
 
-/// Why `list_devices()` is empty: the driver's message, or what each device lacks. "" when it is not.
+/// Why `list_devices()` is empty: the driver's message, or what each device lacks. "" when it is
+/// not.
 std::string unavailable_reason();
 
 /// Whether `device` exists and has compute capability 8.0 or more; if not, says why in `*why_not`.

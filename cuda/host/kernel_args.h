@@ -1,5 +1,5 @@
-// From the public argument structs to what kernels take: scales, and template arguments chosen at run
-// time. Only for .cu files.
+// From the public argument structs to what kernels take: scales, and template arguments chosen at
+// run time. Only for .cu files.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,9 +35,12 @@ struct TypeTag {
 template <class Visitor>
 void visit_dtype(DType dtype, const Visitor& visitor) {
   switch (dtype) {
-    case DType::kFloat32: return visitor(TypeTag<float>{});
-    case DType::kFloat16: return visitor(TypeTag<__half>{});
-    case DType::kBFloat16: return visitor(TypeTag<__nv_bfloat16>{});
+    case DType::kFloat32:
+      return visitor(TypeTag<float>{});
+    case DType::kFloat16:
+      return visitor(TypeTag<__half>{});
+    case DType::kBFloat16:
+      return visitor(TypeTag<__nv_bfloat16>{});
   }
   throw InvalidArgument("unknown dtype code " + std::to_string(static_cast<int32_t>(dtype)));
 }

@@ -14,7 +14,8 @@
 
 namespace qlora_native::cuda {
 
-/// Makes a device current for the calling thread; puts the previous one back at the end of the scope.
+/// Makes a device current for the calling thread; puts the previous one back at the end of the
+/// scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -34,7 +35,8 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-/// A one-dimensional launch. `grid` is 64-bit so that a caller's block count is checked, not cut off.
+/// A one-dimensional launch. `grid` is 64-bit so that a caller's block count is checked, not cut
+/// off.
 struct LaunchShape {
   int64_t grid;
   int block;
@@ -45,8 +47,8 @@ struct LaunchShape {
 /// it cannot be mistaken for an older error that another library left behind in the runtime.
 /// Throws Unsupported when the grid is larger than CUDA allows, CudaError when the launch fails.
 template <class... Params>
-void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
-            std::type_identity_t<Params>... args) {
+void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
+            cudaStream_t stream, std::type_identity_t<Params>... args) {
   if (shape.grid > std::numeric_limits<int32_t>::max()) {
     throw Unsupported(std::string(name) + ": needs a grid of " + std::to_string(shape.grid) +
                       " thread blocks, CUDA allows " +
@@ -62,8 +64,9 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shap
       cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
   if (status != cudaSuccess) {
     throw_cuda_error(status, std::string("the launch of ") + name + " (grid " +
-                                 std::to_string(shape.grid) + ", block " + std::to_string(shape.block) +
-                                 ", " + std::to_string(shape.dynamic_shared_bytes) +
+                                 std::to_string(shape.grid) + ", block " +
+                                 std::to_string(shape.block) + ", " +
+                                 std::to_string(shape.dynamic_shared_bytes) +
                                  " bytes of dynamic shared memory)");
   }
 }

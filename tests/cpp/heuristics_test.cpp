@@ -1,0 +1,95 @@
+// How the CUDA products are cut into thread blocks. Host arithmetic: needs no GPU and no CUDA build.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <set>
+#include <utility>
+
+#include "gemm/heuristics.h"
+#include "gemv/heuristics.h"
+
+namespace qlora_native::cuda {
+namespace {
+
+constexpr int64_t kSharedBytesOfEveryGpu = 48 * 1024;
+
+TEST(GemvPlan, CoversEveryOutputOnce) {
+  for (const int64_t m : {1, 2, 3, 5, 8, 9, 17}) {
+    for (const int64_t n : {1, 7, 16, 17, 100}) {
+      for (const int64_t k : {31, 64, 1056}) {
+        const GemvPlan plan = plan_gemv({m, n, k, 2, true});
+        std::set<std::pair<int64_t, int64_t>> outputs;
+        int64_t computed = 0;
+        for (int64_t block = 0; block < plan.grid; ++block) {
+          const int64_t m0 = block / plan.weight_tiles * plan.x_rows;
+          const int64_t n0 = block % plan.weight_tiles * kGemvWarps * plan.weight_rows;
+          for (int64_t i = m0; i < m0 + plan.x_rows && i < m; ++i) {
+            for (int64_t j = n0; j < n0 + kGemvWarps * plan.weight_rows && j < n; ++j) {
+              outputs.emplace(i, j);
+              ++computed;
+            }
+          }
+        }
+        EXPECT_EQ(static_cast<int64_t>(outputs.size()), m * n) << "M=" << m << " N=" << n;
+        EXPECT_EQ(computed, m * n) << "M=" << m << " N=" << n;
+      }
+    }
+  }
+}
+
+TEST(GemvPlan, WideLoadsNeedAlignedRows) {
+  EXPECT_TRUE(plan_gemv({1, 16, 4096, 2, true}).vectorized);
+  EXPECT_TRUE(plan_gemv({1, 16, 96, 2, true}).vectorized);
+  EXPECT_FALSE(plan_gemv({1, 16, 4096, 2, false}).vectorized) << "packed codes are not aligned";
+  EXPECT_FALSE(plan_gemv({1, 16, 4096 + 16, 2, true}).vectorized) << "rows start off 16 bytes";
+  EXPECT_FALSE(plan_gemv({1, 16, 4095, 2, true}).vectorized) << "rows start in mid-byte";
+}
+
+TEST(GemvPlan, StagesWholeStepsInTheSharedMemoryOfEveryGpu) {
+  for (const int64_t m : {1, 2, 4, 8, 100}) {
+    for (const int64_t elem_bytes : {2, 4}) {
+      for (const int64_t k : {32, 1024, 4096, 14336, 28672, 1 << 20}) {
+        const GemvPlan plan = plan_gemv({m, 64, k, elem_bytes, true});
+        EXPECT_GT(plan.stage_k, 0);
+        EXPECT_EQ(plan.stage_k % kGemvStep, 0);
+        EXPECT_LE(plan.stage_k, gemv_stage_capacity(plan.x_rows, elem_bytes));
+        EXPECT_GE(plan.shared_bytes, plan.stage_k * elem_bytes);
+        EXPECT_LE(plan.shared_bytes, kSharedBytesOfEveryGpu - 1024) << "the table needs some";
+      }
+    }
+  }
+}
+
+TEST(GemvPlan, LargeWeightsDoNotOverflow) {
+  const int64_t n = int64_t{1} << 36;
+  const GemvPlan plan = plan_gemv({1, n, 4096, 2, true});
+  EXPECT_EQ(plan.grid, n / (kGemvWarps * kGemvWeightRows));
+}
+
+TEST(GemvPlan, IsPreferredForFewRowsOnly) {
+  EXPECT_TRUE(gemv_is_preferred({1, 4096, 4096, 2, true}));
+  EXPECT_TRUE(gemv_is_preferred({8, 4096, 4096, 2, true}));
+  EXPECT_FALSE(gemv_is_preferred({9, 4096, 4096, 2, true}));
+}
+
+TEST(GemmPlan, CoversEveryOutput) {
+  for (const int64_t rows : {1, 16, 17, 33, 64, 65, 1000}) {
+    for (const int64_t cols : {1, 63, 64, 65, 4096}) {
+      const GemmPlan plan = plan_gemm({rows, cols, 128});
+      const int64_t col_tiles = plan.grid / plan.row_tiles;
+      EXPECT_EQ(plan.grid, plan.row_tiles * col_tiles);
+      EXPECT_GE(plan.row_tiles * plan.tile_rows, rows);
+      EXPECT_LT((plan.row_tiles - 1) * plan.tile_rows, rows);
+      EXPECT_GE(col_tiles * kGemmTileCols, cols);
+      EXPECT_LT((col_tiles - 1) * kGemmTileCols, cols);
+    }
+  }
+}
+
+TEST(GemmPlan, FewRowsTakeASmallTile) {
+  EXPECT_EQ(plan_gemm({1, 4096, 4096}).tile_rows, 16);
+  EXPECT_EQ(plan_gemm({512, 4096, 4096}).tile_rows, 64);
+}
+
+}  // namespace
+}  // namespace qlora_native::cuda
