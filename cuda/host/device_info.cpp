@@ -47,11 +47,28 @@ DeviceProperties query_device(int index) {
   return device;
 }
 
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+/// Why cudaGetDeviceCount failed. The runtime words a missing driver as an old one.
+std::string describe_missing_devices(cudaError_t status) {
+  int driver_version = 0;
+  if (status != cudaErrorInsufficientDriver ||
+      cudaDriverGetVersion(&driver_version) != cudaSuccess) {
+    return describe(status);
+  }
+  static_cast<void>(cudaGetLastError());
+  if (driver_version == 0) return "no NVIDIA driver is installed";
+  return "the NVIDIA driver supports CUDA " + version_text(driver_version) +
+         ", this build needs CUDA " + version_text(CUDART_VERSION);
+}
+
 Inventory query_inventory() {
   Inventory inventory;
   int count = 0;
   if (const cudaError_t status = cudaGetDeviceCount(&count); status != cudaSuccess) {
-    inventory.reason = describe(status);
+    inventory.reason = describe_missing_devices(status);
     return inventory;
   }
   for (int index = 0; index < count; ++index) inventory.devices.push_back(query_device(index));
