@@ -48,10 +48,11 @@ def write_topics(folder: Path, max_topics: int | None = None) -> tuple[Path, Pat
     """Writes the topics of pydoc's help as JSONL; every sixth, by name, is held out."""
     from pydoc_data.topics import topics
 
-    names = sorted(topics)[:max_topics]
+    # Several topics are one text under two names, which must not fall on both sides.
+    texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))[:max_topics]
     files = folder / "topics-train.jsonl", folder / "topics-eval.jsonl"
     for file, held_out in zip(files, (False, True), strict=True):
-        rows = [topics[name] for i, name in enumerate(names) if (i % 6 == 0) == held_out]
+        rows = [text for i, text in enumerate(texts) if (i % 6 == 0) == held_out]
         file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     return files
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from _cli import run_cli
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
 
@@ -23,7 +25,7 @@ def demo():
 def settings(demo):
     base = demo.BaseSettings(
         vocab_size=512, hidden_size=64, intermediate_size=128, layers=1, heads=2, kv_heads=1,
-        sequence=64, batch=4, steps=12, max_files=20,
+        sequence=64, batch=4, steps=60, max_files=20,
     )  # fmt: skip
     return demo.DemoSettings(
         base=base, epochs=1, max_topics=7, new_tokens=4, min_gain=0.01, learning_rate=1e-2
@@ -32,8 +34,20 @@ def settings(demo):
 
 @pytest.fixture(scope="module")
 def result(demo, settings, tmp_path_factory):
+    """The run. Only the reloading has a process of its own: starting one takes seconds."""
     folder = tmp_path_factory.mktemp("demo")
-    return demo.run(settings, folder), folder
+    start_process = demo.qlora_native
+
+    def here(folder, *arguments, capture=True):
+        if arguments[0] == "evaluate" and "--adapter" in arguments:
+            return start_process(folder, *arguments, capture=capture)
+        outcome = run_cli(*arguments)
+        assert outcome.code == 0, outcome.err
+        return outcome.out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "qlora_native", here)
+        return demo.run(settings, folder), folder
 
 
 def test_passes_its_own_check(demo, settings, result):
