@@ -1,6 +1,7 @@
 // Listing, forcing and asking after kernels.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <thread>
 
@@ -42,17 +43,31 @@ TEST(Kernels, AForcedNameMustExist) {
   EXPECT_EQ(forced_kernel(Op::kQuantize4bit, DeviceType::kCpu), "");
 }
 
-TEST(Kernels, AForcedKernelRunsOnThisThreadOnly) {
-  const ForcedKernel forced(Op::kQuantize4bit, DeviceType::kCpu, "scalar");
-  EXPECT_EQ(forced_kernel(Op::kQuantize4bit, DeviceType::kCpu), "scalar");
+TEST(Kernels, AForcedKernelRunsOnEveryThread) {
+  {
+    const ForcedKernel forced(Op::kQuantize4bit, DeviceType::kCpu, "scalar");
+    EXPECT_EQ(forced_kernel(Op::kQuantize4bit, DeviceType::kCpu), "scalar");
+    std::thread([] { quantize_on(Device::cpu(), kSpec, DType::kFloat32, some_values()); }).join();
+    EXPECT_EQ(last_kernel(Op::kQuantize4bit), "scalar");
+  }
+  EXPECT_EQ(forced_kernel(Op::kQuantize4bit, DeviceType::kCpu), "");
   quantize_on(Device::cpu(), kSpec, DType::kFloat32, some_values());
-  EXPECT_EQ(last_kernel(Op::kQuantize4bit), "scalar");
-  std::thread([] {
-    EXPECT_EQ(forced_kernel(Op::kQuantize4bit, DeviceType::kCpu), "");
-    EXPECT_EQ(last_kernel(Op::kQuantize4bit), "");
-    quantize_on(Device::cpu(), kSpec, DType::kFloat32, some_values());
-    EXPECT_EQ(last_kernel(Op::kQuantize4bit), usable_kernels(Op::kQuantize4bit, Device::cpu()).front());
-  }).join();
+  EXPECT_EQ(last_kernel(Op::kQuantize4bit), usable_kernels(Op::kQuantize4bit, Device::cpu()).front());
+}
+
+TEST(Kernels, TheSelectedKernelIsTheOneThatRuns) {
+  for (const Device device : test_devices()) {
+    DeviceWeight weight(device, kSpec, random_weight(kSpec, 4));
+    DeviceArray<float> output(device, 64);
+    const DequantizeArgs args{weight.view(), {output.data(), 64, DType::kFloat32, device}};
+    for_each_kernel(Op::kDequantize4bit, device, [&] {
+      const TestStream stream(device);
+      const std::string selected = selected_kernel(args);
+      dequantize_4bit(args, stream.get());
+      stream.synchronize();
+      EXPECT_EQ(last_kernel(Op::kDequantize4bit), selected);
+    });
+  }
 }
 
 TEST(Kernels, AForcedKernelThatDeclinesSaysWhyAndTouchesNothing) {

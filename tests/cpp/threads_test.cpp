@@ -79,6 +79,64 @@ TEST_F(Threads, TheNumberMayChangeBetweenCalls) {
   }
 }
 
+std::atomic<int> bodies_run{0};
+
+/// An executor of plain threads that round as they like.
+void run_on_threads(int threads, void (*body)(void*), void* context) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) {
+    others.emplace_back([=] {
+      std::fesetround(FE_DOWNWARD);
+      body(context);
+      ++bodies_run;
+    });
+  }
+  body(context);
+  ++bodies_run;
+  for (std::thread& other : others) other.join();
+}
+
+/// As one that is busy elsewhere may: every call on the caller's thread.
+void run_once(int, void (*body)(void*), void* context) {
+  body(context);
+  ++bodies_run;
+}
+
+TEST_F(Threads, AnExecutorReplacesThePool) {
+  const std::vector<double> values = gaussian(kSpec.numel(), DType::kFloat32, 5);
+  const HostWeight expected = quantize_on(Device::cpu(), kSpec, DType::kFloat32, values);
+  for (const CpuExecutor executor : {run_on_threads, run_once}) {
+    bodies_run = 0;
+    set_cpu_executor(executor);
+    const HostWeight actual = quantize_on(Device::cpu(), kSpec, DType::kFloat32, values);
+    set_cpu_executor(nullptr);
+    EXPECT_TRUE(same(actual, expected));
+    EXPECT_GT(bodies_run.load(), 0);
+  }
+  bodies_run = 0;
+  EXPECT_TRUE(same(quantize_on(Device::cpu(), kSpec, DType::kFloat32, values), expected));
+  EXPECT_EQ(bodies_run.load(), 0);
+}
+
+TEST_F(Threads, AForkedChildForgetsTheExecutor) {
+  const std::vector<double> values = gaussian(kSpec.numel(), DType::kFloat32, 6);
+  set_cpu_executor(run_once);
+  bodies_run = 0;
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(60);
+    quantize_on(Device::cpu(), kSpec, DType::kFloat32, values);
+    _exit(bodies_run.load());
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
+  quantize_on(Device::cpu(), kSpec, DType::kFloat32, values);
+  EXPECT_GT(bodies_run.load(), 0);
+  set_cpu_executor(nullptr);
+}
+
 /// Sets a rounding mode, and flush-to-zero where there is one, and puts the old ones back.
 class HostileFloatEnvironment {
  public:

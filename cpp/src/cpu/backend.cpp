@@ -1,29 +1,12 @@
 // The CPU backend: its kernels, in the order in which they are tried, and its one device.
 #include "backend.h"
 
-#include <cfenv>
-
 #include "cpu/cpu_features.h"
+#include "cpu/float_environment.h"
 #include "cpu/kernels.h"
 
 namespace qlora_native::cpu {
 namespace {
-
-/// Restores the default rounding mode and turns flush-to-zero off for the length of a call: the same
-/// input must give the same bytes in a process that has set them, as torch.set_flush_denormal does.
-class DefaultFloatEnvironment {
- public:
-  DefaultFloatEnvironment() {
-    std::fegetenv(&callers_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatEnvironment() { std::fesetenv(&callers_); }
-  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
- private:
-  std::fenv_t callers_;
-};
 
 bool always_usable(Device, std::string*) { return true; }
 
@@ -43,7 +26,7 @@ bool avx512_usable(Device, std::string* why_not) {
 }
 
 /// Rows of X up to which decoding in registers beats decoding to panels, as measured.
-constexpr int64_t kGemvMaxRows = 8;
+constexpr int64_t kGemvMaxRows = 12;
 
 bool gemv_supports(const MatmulArgs& args, std::string* why_not) {
   return rows_hold_whole_blocks(args.weight, why_not);
@@ -57,19 +40,19 @@ bool gemv_preferred(const MatmulTransposedArgs& args) { return args.dy.rows <= k
 
 template <EncodeBlocksFn kEncode>
 void quantize(const QuantizeArgs& args, Workspace workspace, Stream) {
-  const DefaultFloatEnvironment environment;
+  const DefaultFloatScope float_scope;
   run_quantize(args, workspace, kEncode);
 }
 
 template <DecodeBlocksFn kDecode>
 void dequantize(const DequantizeArgs& args, Workspace, Stream) {
-  const DefaultFloatEnvironment environment;
+  const DefaultFloatScope float_scope;
   run_dequantize(args, kDecode);
 }
 
 template <class Args, void (*kRun)(const Args&, Workspace)>
 void product(const Args& args, Workspace workspace, Stream) {
-  const DefaultFloatEnvironment environment;
+  const DefaultFloatScope float_scope;
   kRun(args, workspace);
 }
 

@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kPanelDepth = 256;
 constexpr int64_t kMaxPassRows = 256;
+constexpr int64_t kCodesPerCacheLine = 128;
+constexpr int64_t kRowsAhead = 16;  ///< of W, fetched before they are decoded
 
 struct GemmProblem {
   MatrixView a;            ///< [M, D]
@@ -58,7 +60,12 @@ void decode_panel_of_transpose(const QuantizedView& weight, int64_t d0, int64_t 
   for (int64_t c = 0; c < kColumns; c += kWidth) {
     const int64_t real_rows = std::clamp<int64_t>(weight.rows - c0 - c, 0, kWidth);
     for (int64_t r = 0; r < real_rows; ++r) {
-      decode_run<V>(weight, (c0 + c + r) * weight.cols + d0, depth, rows[r]);
+      const int64_t begin = (c0 + c + r) * weight.cols + d0;
+      decode_run<V>(weight, begin, depth, rows[r]);
+      // The same row's part of the next panel arrives while this one is multiplied.
+      for (int64_t d = 0; d < depth; d += kCodesPerCacheLine) {
+        V::prefetch(weight.packed + (begin + depth + d) / 2);
+      }
     }
     for (int64_t r = real_rows; r < kWidth; ++r) std::memset(rows[r], 0, sizeof(rows[r]));
     // The transpose of the last, partial, square writes rows of the panel that nobody reads.
@@ -76,7 +83,9 @@ void decode_panel(const QuantizedView& weight, int64_t d0, int64_t depth, int64_
   // decode_run may write past a row: into the next one, which comes later, or the panel's padding.
   for (int64_t d = 0; d < depth; ++d) {
     float* row = panel + d * kColumns;
-    decode_run<V>(weight, (d0 + d) * weight.cols + c0, columns, row);
+    const int64_t begin = (d0 + d) * weight.cols + c0;
+    V::prefetch(weight.packed + (begin + kRowsAhead * weight.cols) / 2);
+    decode_run<V>(weight, begin, columns, row);
     if (columns < kColumns) std::fill(row + columns, row + kColumns, 0.0f);
   }
 }

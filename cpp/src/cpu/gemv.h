@@ -182,6 +182,7 @@ void add_rows(const QuantizedView& weight, int64_t n0, int64_t c0, int64_t colum
     for (int n = 0; n < kN; ++n) {
       const uint8_t* packed = weight.packed + ((n0 + n) * weight.cols + c0 + c) / 2;
       const typename V::Table table = V::scale(values, scales[n][block]);
+      V::prefetch(packed + kN * weight.cols / 2);
       for (int unit = 0; unit < kStep; ++unit) {
         Floats even;
         Floats odd;

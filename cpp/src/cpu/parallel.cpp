@@ -4,13 +4,13 @@
 #include <sched.h>
 
 #include <atomic>
-#include <cfenv>
 #include <chrono>
 #include <exception>
 #include <mutex>
 #include <string>
 #include <thread>
 
+#include "cpu/float_environment.h"
 #include "qlora_native/device.h"
 #include "qlora_native/error.h"
 
@@ -85,22 +85,6 @@ class InsideScope {
 
  private:
   bool previous_;
-};
-
-/// IEEE rounding and subnormals while in scope, whatever the thread was set to: the bytes must not
-/// depend on the thread that computes them.
-class DefaultFloatScope {
- public:
-  DefaultFloatScope() {
-    std::fegetenv(&previous_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatScope() { std::fesetenv(&previous_); }
-  DefaultFloatScope(const DefaultFloatScope&) = delete;
-  DefaultFloatScope& operator=(const DefaultFloatScope&) = delete;
-
- private:
-  std::fenv_t previous_;
 };
 
 /// One call of parallel_for: indices are handed out in chunks to whoever works on it.

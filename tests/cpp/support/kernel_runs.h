@@ -20,7 +20,7 @@ std::vector<std::string> usable_kernels(Op op, Device device);
 /// the one that ran must be the one that was forced. Returns the names of those that ran.
 std::vector<std::string> for_each_kernel(Op op, Device device, const std::function<void()>& body);
 
-/// Forces a kernel on the calling thread for the length of a scope.
+/// Forces a kernel for the length of a scope.
 class ForcedKernel {
  public:
   ForcedKernel(Op op, DeviceType device, const std::string& name);
