@@ -56,10 +56,19 @@ class Bench:
             for implementation in available(options.quant_type, options.block_size)
             if not options.impl or implementation.name in options.impl
         ]
-        self.copy_tb_per_s = copy_tb_per_s(self.device)
-        self.records: list[dict[str, Any]] = []
         memory = OutputMemory()
         self._memory = memory if self.device.type == "cpu" and memory.available else None
+        self.modes = OutputMemory.MODES if self._memory else (None,)
+        self._mode: str | None = None
+        self.use(self.modes[0])
+        self.copy_tb_per_s = copy_tb_per_s(self.device)
+        self.records: list[dict[str, Any]] = []
+
+    def use(self, mode: str | None) -> None:
+        """From now on, take the memory of outputs by `mode`."""
+        self._mode = mode
+        if self._memory and mode:
+            self._memory.use(mode)
 
     def run(self, shape: tuple[int, int]) -> None:
         n, k = shape
@@ -103,12 +112,9 @@ class Bench:
                 verify.check_linear(impl, x, dy, held[impl.name])
             works[impl.name] = self._work(problem, impl, weight, held[impl.name], x, dy)
             moved[impl.name] = self._bytes(problem, impl.nbytes(held[impl.name]))
-        for memory in OutputMemory.MODES if self._memory else [None]:
-            if self._memory and memory:
-                self._memory.use(memory)
-            timings = time_works(works, self.device, self.options.rounds, self.options.budget)
-            for impl in rivals:
-                self._record(problem, impl.name, memory, timings[impl.name], moved[impl.name])
+        timings = time_works(works, self.device, self.options.rounds, self.options.budget)
+        for impl in rivals:
+            self._record(problem, impl.name, timings[impl.name], moved[impl.name])
 
     def _work(
         self,
@@ -152,9 +158,7 @@ class Bench:
         passes = 2 if problem.op == "linear_backward" else 1
         return passes * (weight_bytes + activations)
 
-    def _record(
-        self, problem: Problem, name: str, memory: str | None, timing: Timing, moved: int
-    ) -> None:
+    def _record(self, problem: Problem, name: str, timing: Timing, moved: int) -> None:
         tb_per_s = moved / timing.median_us / 1e6
         record: dict[str, Any] = {
             "op": problem.op,
@@ -177,8 +181,8 @@ class Bench:
             products = 2 if problem.op == "linear_backward" else 1
             flops = 2 * products * problem.m * n * k
             record["tflop_per_s"] = round(flops / timing.median_us / 1e6, 3)
-        if memory is not None:
-            record["memory"] = memory
+        if self._mode is not None:
+            record["memory"] = self._mode
         self.records.append(record)
 
 
@@ -241,10 +245,12 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(options)
     head = report.machine(bench.device, bench.copy_tb_per_s)
     print("\n".join(head_lines(head)), flush=True)
-    for shape in options.shapes:
-        done = len(bench.records)
-        bench.run(shape)
-        print("\n" + report.table(bench.records[done:]), flush=True)
+    for mode in bench.modes:
+        bench.use(mode)
+        for shape in options.shapes:
+            done = len(bench.records)
+            bench.run(shape)
+            print("\n" + report.table(bench.records[done:]), flush=True)
     if options.json:
         report.write_json(options.json, {**head, "records": bench.records})
         print(f"\nwrote {options.json}")

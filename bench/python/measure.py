@@ -147,9 +147,11 @@ class OutputMemory:
 
     "fresh": a new mapping each time, whose pages the kernel must fault in, which is what a program
     that allocates a tensor a step sees. "reused": freed memory is kept, so pages are already there.
+    A process goes through the modes in this order: kept memory cannot be given back for good.
     """
 
     MODES = ("fresh", "reused")
+    _POOL_BYTES = 2 << 30
     _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
     def __init__(self) -> None:
@@ -166,3 +168,5 @@ class OutputMemory:
         else:
             mallopt(self._M_MMAP_MAX, 0)
             mallopt(self._M_TRIM_THRESHOLD, 2**31 - 1)
+            # Touched and freed, it is what later outputs are made of.
+            torch.zeros(self._POOL_BYTES, dtype=torch.uint8).fill_(1)
