@@ -64,6 +64,8 @@ def test_data_files(folder, tmp_path):
     columns = write_jsonl(tmp_path / "columns.jsonl", [{"question": "a", "answer": "b"}])
     message = fails(folder, tmp_path, data=columns)
     assert "`text` or `messages`" in message and "question, answer" in message
+    numbers = write_jsonl(tmp_path / "numbers.jsonl", [{"text": 1}])
+    assert "must be strings, is int64" in fails(folder, tmp_path, data=numbers)
     assert "cannot be read" in fails(folder, tmp_path, data=made("bad.jsonl", b'{"text": "a"\n{{'))
     assert "cannot be read" in fails(folder, tmp_path, data=made("bad.parquet", b"PAR0 nonsense"))
     assert "cannot be read" in fails(folder, tmp_path, data=made("latin.txt", b"\xff\xfe\xfa" * 9))
@@ -76,6 +78,7 @@ def test_data_files(folder, tmp_path):
 
 def test_model_folder(folder, tmp_path):
     assert "no such folder" in fails(folder, tmp_path, model=tmp_path / "absent")
+    assert "nobody/nothing" in fails(folder, tmp_path, model="nobody/nothing")
     assert "no config.json" in fails(folder, tmp_path, model=tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(folder / "model", broken)

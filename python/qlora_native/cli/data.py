@@ -86,6 +86,12 @@ def read_documents(paths: list[Path], what: str) -> Dataset:
             f"{what} {path}: has `{found[0]}` where the files before it have `{column}`",
         )
         column = found[0]
+        kind = part.features[column]
+        is_text = isinstance(kind, datasets.Value) and "string" in kind.dtype
+        require(
+            is_text or column == "messages",
+            f"{what} {path}: `text` must be strings, is {getattr(kind, 'dtype', kind)}",
+        )
         parts.append(part.select_columns([column]))
     rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     rows = rows.filter(lambda row: _has_content(row[column]))

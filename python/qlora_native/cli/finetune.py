@@ -20,7 +20,7 @@ from qlora_native.cli import data, loading, report
 from qlora_native.cli.errors import InputError, Interrupted, allocating, display_path, require
 from qlora_native.cli.options import FinetuneOptions
 from qlora_native.cli.progress import LayerProgress, TrainingProgress, stderr, stdout
-from qlora_native.cli.trainer import AdapterTrainer, StopOnSignal, checkpoints
+from qlora_native.cli.trainer import AdapterTrainer, StopOnSignal, checkpoints, load_state
 
 RUN_FILE = "run.yaml"
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "loss.png", RUN_FILE)
@@ -51,6 +51,8 @@ def finetune(options: FinetuneOptions) -> None:
     tokenizer = loading.load_tokenizer(options.model)
     transformers.set_seed(options.seed)
     train, evaluation = _read(options, tokenizer)
+    if warning := loading.unused_gpu(options, where):
+        stderr.print(warning, highlight=False, soft_wrap=True)
     stderr.print(
         f"{len(train):,} training and {len(evaluation or ()):,} held-out sequences; loss on "
         f"{train.loss_on}; {where.device.type} in {str(where.dtype).removeprefix('torch.')}",
@@ -292,11 +294,15 @@ def _train(
         try:
             before = trainer.evaluate()["eval_loss"] if held_out else None
             trainer.training_seconds(0)
-            seen_before = _tokens_seen(resume_from)
-            with stop:
-                start = time.perf_counter()
-                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-                seconds = trainer.training_seconds(time.perf_counter() - start)
+            earlier = load_state(resume_from) if resume_from else None
+            seconds = 0.0
+            if earlier and earlier.global_step >= earlier.max_steps:
+                trainer.restore(resume_from)
+            else:
+                with stop:
+                    start = time.perf_counter()
+                    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+                    seconds = trainer.training_seconds(time.perf_counter() - start)
             if stop.received is None:
                 after = _last_loss(trainer) if held_out else None
         except KeyboardInterrupt:
@@ -308,11 +314,12 @@ def _train(
     curve = [[e["step"], e["eval_loss"]] for e in trainer.state.log_history if "eval_loss" in e]
     if held_out:
         curve = [[0, before], *[point for point in curve if point[0] > 0]]
+    tokens = trainer.state.num_input_tokens_seen - (earlier.num_input_tokens_seen if earlier else 0)
     return {
         "eval_loss_before": before,
         "eval_loss_after": after,
         "eval_loss": curve,
-        "tokens_per_second": (trainer.state.num_input_tokens_seen - seen_before) / seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
         "train_tokens": trainer.state.num_input_tokens_seen,
         "train_seconds": seconds,
     }
@@ -324,13 +331,6 @@ def _last_loss(trainer: AdapterTrainer) -> float:
         if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
             return entry["eval_loss"]
     return trainer.evaluate()["eval_loss"]
-
-
-def _tokens_seen(checkpoint: Path | None) -> int:
-    if checkpoint is None:
-        return 0
-    state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state.num_input_tokens_seen
 
 
 def _how_to_resume(options: FinetuneOptions) -> str:

@@ -84,6 +84,13 @@ def cuda_obstacle() -> str | None:
     return f"qlora_native cannot use it: {reason}" if reason else None
 
 
+def unused_gpu(options: ModelOptions, where: Placement) -> str | None:
+    """What to tell a user whose GPU --device auto passed over."""
+    if options.device == "auto" and where.device.type == "cpu" and torch.cuda.is_available():
+        return f"There is a GPU, but {cuda_obstacle()}; running on the CPU."
+    return None
+
+
 def _cpu_is_fast_in_bf16() -> bool:
     # Without the matrix or vector instructions torch converts every operand, slower than fp32.
     return any(

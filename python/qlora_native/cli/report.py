@@ -74,8 +74,9 @@ def table(report: dict[str, Any]) -> Table:
         first, last = report["train_loss"][0][1], report["train_loss"][-1][1]
         result.add_row("train loss, first and last log", f"{first:.4f} to {last:.4f}")
     result.add_row("steps", f"{report['steps']:,}")
-    result.add_row("tokens per second", f"{report['tokens_per_second']:,.0f}")
-    result.add_row("training time", f"{report['train_seconds']:,.1f} s")
+    if report["tokens_per_second"] is not None:
+        result.add_row("tokens per second", f"{report['tokens_per_second']:,.0f}")
+        result.add_row("training time", f"{report['train_seconds']:,.1f} s")
     result.add_row(
         "peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB {report['peak_memory_of']}"
     )

@@ -32,6 +32,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def load_state(checkpoint: Path) -> transformers.TrainerState:
+    """What Trainer knew when the checkpoint was made."""
+    return transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
 def _step_of(path: Path) -> re.Match[str] | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name)
 
@@ -88,6 +93,14 @@ class AdapterTrainer(transformers.Trainer):
         """`total` less the time for evaluation and checkpoints since the last call."""
         paused, self._paused = self._paused, 0.0
         return total - paused
+
+    def restore(self, checkpoint: Path) -> None:
+        """Takes the adapter and the history of a checkpoint without training on.
+
+        Trainer would train one step more than there are when it resumes a finished run.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = load_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         target = Path(output_dir or self.args.output_dir)
