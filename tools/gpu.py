@@ -195,6 +195,7 @@ class Session:
         folders = [str(self.core / "lib")] if self.core else []
         folders += [str(PACKAGE / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
         env = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}
+        env["QLORA_NATIVE_REQUIRE_CUDA"] = "1"
         if self.options.slow:
             env["QLORA_NATIVE_SLOW_TESTS"] = "1"
         return env

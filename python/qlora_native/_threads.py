@@ -22,7 +22,7 @@ def loaded_openmp_runtimes(maps: str) -> list[str]:
 
 
 def share_torch_threads() -> str | None:
-    """Run the core on torch's OpenMP threads; return the runtime's path, None when there is none."""
+    """Run the core on torch's OpenMP threads; return the runtime's path, None without one."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
+
 from _models import randomize_adapters, tiny_net
 from qlora_native.convert import quantize_model
 from qlora_native.nn import (
@@ -13,7 +15,6 @@ from qlora_native.nn import (
     LoraSettings,
     add_lora,
 )
-from torch import nn
 
 SUFFIXES = ["q_proj", "down_proj"]
 

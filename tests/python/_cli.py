@@ -11,8 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import datasets
+import pytest
 import torch
+
+datasets = pytest.importorskip("datasets")
 
 # The data of tests does not belong into the user's cache: not from this process, nor from others.
 CACHE = tempfile.mkdtemp(prefix="qlora-native-test-datasets-")

@@ -12,10 +12,6 @@ import torch
 import qlora_native as qn
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow")
-
-
 def pytest_collection_modifyitems(config, items):
     no_gpu = qn.cuda_unavailable_reason() or (
         "" if torch.cuda.is_available() else "torch sees no CUDA device"

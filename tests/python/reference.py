@@ -1,4 +1,4 @@
-"""The format, written a second time from its description, in numpy: slow, and independent of the library.
+"""The format, written a second time from its description, in numpy: slow and independent.
 
 The 4-bit values are the published ones, the decision points are recomputed.
 """
@@ -15,9 +15,7 @@ NF4 = np.array(
     ],
     dtype=np.float32,
 )  # fmt: skip
-FP4_MAGNITUDES = np.array(
-    [0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], dtype=np.float32
-)
+FP4_MAGNITUDES = np.array([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], dtype=np.float32)
 FP4 = np.concatenate([FP4_MAGNITUDES, -FP4_MAGNITUDES])
 INT4 = (np.arange(16, dtype=np.float32) - 8) / np.float32(7)
 

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from _adapted import SUFFIXES, quantized_net, same, state
 from _models import randomize_adapters, tiny_net, token_ids
 from qlora_native.nn import (
@@ -18,7 +20,6 @@ from qlora_native.nn import (
     lora_parameters,
     set_adapter,
 )
-from torch import nn
 
 
 def test_add_lora_freezes_the_rest_and_counts_logical_parameters():

@@ -1,11 +1,11 @@
-"""The same bytes as bitsandbytes, in both directions, on CPU (and on CUDA where it is installed)."""
+"""The same bytes as bitsandbytes, in both directions, on CPU and on CUDA."""
 
 import numpy as np
 import pytest
-import reference
 import torch
 
 import qlora_native as qn
+import reference
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
@@ -63,7 +63,7 @@ def test_zero_blocks_and_ties_are_equal():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fp4_is_equal_up_to_the_sign_of_zero(device, shape):
-    """bitsandbytes' CPU code sorts +0 and -0 and picks either; its CUDA code keeps the sign, as ours."""
+    """bitsandbytes' CPU code picks either zero; its CUDA code keeps the sign, as ours does."""
     w = torch.randn(shape, device=device)
     theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type="fp4")
     ours = qn.quantize_4bit(w, "fp4", double_quant=False)

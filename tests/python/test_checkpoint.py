@@ -8,6 +8,7 @@ import stat
 import pytest
 import safetensors.torch
 import torch
+
 from _adapted import SUFFIXES, quantized_net, same, state, trained_net
 from _models import tiny_net, token_ids
 from qlora_native._files import atomic_write

@@ -6,12 +6,13 @@ import gc
 import weakref
 
 import pytest
-import qlora_native as qn
 import torch
+from torch import nn
+
+import qlora_native as qn
 from _models import tiny_llama, tiny_net, token_ids
 from qlora_native.convert import quantize_model
 from qlora_native.nn import Linear4bit
-from torch import nn
 
 
 def linear_names(model: nn.Module, kind: type) -> set[str]:

@@ -7,11 +7,12 @@ import io
 import pickle
 
 import pytest
-import qlora_native as qn
 import torch
 import torch.nn.functional as F
-from qlora_native.nn import Linear4bit
 from torch import nn
+
+import qlora_native as qn
+from qlora_native.nn import Linear4bit
 
 SHAPES = [(8, 64), (5, 37), (1, 1), (3, 130), (300, 256), (7, 2)]
 SETTINGS = [

@@ -1,13 +1,13 @@
 """linear_4bit: values against fp64, gradients, and how torch's machinery sees it."""
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_native as qn
+import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -41,9 +41,7 @@ def test_forward_and_dx(device, n, k, m, dtype):
     bias = torch.randn(n, device=device).to(dtype).requires_grad_()
     y = qn.linear_4bit(x, q, bias)
     dense_w = q.dequantize(dtype)
-    assert_as_good_as_dense(
-        y, fp64(x, q, bias), torch.nn.functional.linear(x, dense_w, bias), k
-    )
+    assert_as_good_as_dense(y, fp64(x, q, bias), torch.nn.functional.linear(x, dense_w, bias), k)
     dy = torch.randn_like(y)
     y.backward(dy)
     exact = dy.double() @ reference.dequantize(q).double().to(device)
@@ -160,7 +158,11 @@ def operator_samples(device):
     q = qn.quantize_4bit(torch.randn(16, 64, device=device))
     nested = (q.packed, q.absmax, q.absmax2, q.offset, [16, 64], 64, "nf4", None)
     p = qn.quantize_4bit(
-        torch.randn(5, 33, device=device), "custom", 32, False, codebook=[i / 8 - 1 for i in range(16)]
+        torch.randn(5, 33, device=device),
+        "custom",
+        32,
+        False,
+        codebook=[i / 8 - 1 for i in range(16)],
     )
     plain = (p.packed, p.absmax, None, None, [5, 33], 32, "custom", p.codebook)
     ops = torch.ops.qlora_native
@@ -171,7 +173,10 @@ def operator_samples(device):
         (ops.dequantize_4bit, (*nested, torch.bfloat16)),
         (ops.dequantize_4bit, (*plain, torch.float32)),
         (ops.linear_4bit, (x, None, *nested)),
-        (ops.linear_4bit, (torch.randn(3, 33, device=device), torch.randn(5, device=device), *plain)),
+        (
+            ops.linear_4bit,
+            (torch.randn(3, 33, device=device), torch.randn(5, device=device), *plain),
+        ),
         (ops.linear_4bit_dx, (torch.randn(3, 16, device=device), *nested)),
     ]
 

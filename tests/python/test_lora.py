@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from _adapted import adapted, base_layer, dense_weight
 from _models import randomize_adapters
 from qlora_native.nn import (
@@ -15,7 +17,6 @@ from qlora_native.nn import (
     LoraSettings,
     lora_parameters,
 )
-from torch import nn
 
 
 @pytest.mark.parametrize("kind", ["dense", "4bit"])

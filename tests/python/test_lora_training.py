@@ -7,6 +7,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
 from _adapted import quantized_net, same, state
 from _models import Block, randomize_adapters, tiny_llama, tiny_net, token_ids
 from qlora_native.convert import quantize_model
@@ -17,8 +20,6 @@ from qlora_native.nn import (
     prepare_for_training,
     unmerge_lora,
 )
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 class Checkpointed(nn.Module):

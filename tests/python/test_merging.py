@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from _adapted import SUFFIXES, adapted, dense_weight, quantized_net, same, state
 from _models import randomize_adapters, tiny_net, token_ids
 from qlora_native.nn import (
@@ -19,7 +21,6 @@ from qlora_native.nn import (
     set_adapter,
     unmerge_lora,
 )
-from torch import nn
 
 
 @pytest.mark.parametrize("quantize", [True, False])

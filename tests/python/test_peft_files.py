@@ -8,6 +8,7 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
+
 from _adapted import SUFFIXES, same, state, trained_net
 from _models import randomize_adapters, tiny_llama, tiny_net, token_ids
 from qlora_native.checkpoint import load_adapter, save_adapter

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlora_native as qn
+import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CUSTOM = tuple(np.linspace(-1, 1, 16, dtype=np.float32).tolist())
@@ -46,9 +46,7 @@ def test_bytes_equal_the_description(device, shape, quant_type, dtype):
     exponent=st.integers(-30, 30),
     seed=st.integers(0, 2**31),
 )
-def test_bytes_equal_the_description_for_any_size(
-    n, block_size, quant_type, dtype, exponent, seed
-):
+def test_bytes_equal_the_description_for_any_size(n, block_size, quant_type, dtype, exponent, seed):
     generator = torch.Generator().manual_seed(seed)
     w = (torch.randn(n, generator=generator) * 2.0**exponent).to(dtype)
     w = torch.where(torch.isfinite(w), w, 0)
@@ -255,7 +253,7 @@ def test_parts_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(q, **change).dequantize()
-    with pytest.raises(TypeError, match="int8, expected torch.uint8"):
+    with pytest.raises(TypeError, match=r"int8, expected torch\.uint8"):
         dataclasses.replace(q, packed=q.packed.view(torch.int8)).dequantize()
 
 

@@ -2,13 +2,21 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <stdexcept>
+
 #include "support/device_memory.h"
 
 namespace qlora_native::testing {
 
 std::vector<Device> test_devices() {
   std::vector<Device> devices = {Device::cpu()};
-  if (cuda_available()) devices.push_back(Device::cuda(0));
+  if (cuda_available()) {
+    devices.push_back(Device::cuda(0));
+  } else if (std::getenv("QLORA_NATIVE_REQUIRE_CUDA") != nullptr) {
+    throw std::runtime_error("QLORA_NATIVE_REQUIRE_CUDA is set, but these tests see no CUDA device: " +
+                             cuda_unavailable_reason());
+  }
   return devices;
 }
 

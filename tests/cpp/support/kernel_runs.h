@@ -9,7 +9,8 @@
 
 namespace qlora_native::testing {
 
-/// The CPU, and the first GPU when there is one.
+/// The CPU, and the first GPU when there is one. Throws when there is none though the environment
+/// variable QLORA_NATIVE_REQUIRE_CUDA is set: a run on a GPU must not pass without it.
 std::vector<Device> test_devices();
 
 /// Kernels of `op` that the machine's `device` can run.
