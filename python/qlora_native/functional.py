@@ -191,9 +191,7 @@ def linear_4bit(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     weight = _weight_arguments(q)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear4bit.apply(x, bias, *weight)
     return _ops.linear_4bit(x, bias, *weight)
 
@@ -202,9 +200,7 @@ class _Linear4bit(torch.autograd.Function):
     """Y = X W^T + bias."""
 
     @staticmethod
-    def forward(
-        x: torch.Tensor, bias: torch.Tensor | None, *weight: Any
-    ) -> torch.Tensor:
+    def forward(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:
         return _ops.linear_4bit(x, bias, *weight)
 
     @staticmethod
