@@ -36,7 +36,8 @@ bool use_openmp(const std::string& library) {
 void bind_cpu_threads(nb::module_& m) {
   m.def("cpu_threads", &qn::cpu_threads);
   m.def("set_cpu_threads", &qn::set_cpu_threads, nb::arg("threads"));
-  m.def("use_openmp", &use_openmp, nb::arg("library"),
-        "Run on the threads of an OpenMP runtime that is loaded; False when it is not, or is none.");
+  m.def(
+      "use_openmp", &use_openmp, nb::arg("library"),
+      "Run on the threads of an OpenMP runtime that is loaded; False when it is not, or is none.");
   m.def("use_own_threads", [] { qn::set_cpu_executor(nullptr); });
 }

@@ -42,25 +42,31 @@ std::pair<std::string, bool> selected_kernel(const std::string& op_name, int64_t
   const auto dtype = static_cast<qn::DType>(dtype_code);
   const qn::Device device = device_code < 0 ? qn::Device::cpu() : qn::Device::cuda(device_code);
   auto* const bytes = reinterpret_cast<uint8_t*>(nowhere);
-  const qn::MutableAbsmax absmax =
-      double_quant ? qn::MutableAbsmax{nullptr, bytes, nowhere, nowhere} : qn::MutableAbsmax{.values = nowhere};
+  const qn::MutableAbsmax absmax = double_quant
+                                       ? qn::MutableAbsmax{nullptr, bytes, nowhere, nowhere}
+                                       : qn::MutableAbsmax{.values = nowhere};
   const qn::Absmax read_absmax{absmax.values, absmax.codes, absmax.absmax2, absmax.offset};
   const qn::QuantizedView weight{bytes, read_absmax, rows, cols, block_size, codebook, device};
   switch (op_of(op_name)) {
     case qn::Op::kQuantize4bit:
-      return {qn::selected_kernel(qn::QuantizeArgs{
-                  {nowhere, rows * cols, dtype, device},
-                  {bytes, absmax, rows, cols, block_size, codebook, device}}), false};
+      return {qn::selected_kernel(
+                  qn::QuantizeArgs{{nowhere, rows * cols, dtype, device},
+                                   {bytes, absmax, rows, cols, block_size, codebook, device}}),
+              false};
     case qn::Op::kDequantize4bit:
-      return {qn::selected_kernel(qn::DequantizeArgs{weight, {nowhere, rows * cols, dtype, device}}), false};
+      return {
+          qn::selected_kernel(qn::DequantizeArgs{weight, {nowhere, rows * cols, dtype, device}}),
+          false};
     case qn::Op::kMatmul4bit: {
-      const qn::MatmulArgs args{{nowhere, m, cols, cols, dtype, device}, weight, {},
+      const qn::MatmulArgs args{{nowhere, m, cols, cols, dtype, device},
+                                weight,
+                                {},
                                 {nowhere, m, rows, rows, dtype, device}};
       return {qn::selected_kernel(args), qn::matmul_4bit_prefers_dense(args)};
     }
     case qn::Op::kMatmul4bitTransposed: {
-      const qn::MatmulTransposedArgs args{{nowhere, m, rows, rows, dtype, device}, weight,
-                                          {nowhere, m, cols, cols, dtype, device}};
+      const qn::MatmulTransposedArgs args{
+          {nowhere, m, rows, rows, dtype, device}, weight, {nowhere, m, cols, cols, dtype, device}};
       return {qn::selected_kernel(args), qn::matmul_4bit_transposed_prefers_dense(args)};
     }
   }
@@ -72,24 +78,34 @@ std::pair<std::string, bool> selected_kernel(const std::string& op_name, int64_t
 void bind_kernels(nb::module_& m) {
   nb::class_<qn::KernelInfo>(m, "KernelInfo", "A kernel of this build.")
       .def_prop_ro("op", [](const qn::KernelInfo& info) { return std::string(qn::name(info.op)); })
-      .def_prop_ro("device", [](const qn::KernelInfo& info) { return std::string(qn::name(info.device)); })
+      .def_prop_ro("device",
+                   [](const qn::KernelInfo& info) { return std::string(qn::name(info.device)); })
       .def_ro("name", &qn::KernelInfo::name)
       .def_ro("usable", &qn::KernelInfo::usable)
       .def_ro("why_not", &qn::KernelInfo::why_not)
       .def("__repr__", [](const qn::KernelInfo& info) {
-        return std::string("KernelInfo(") + qn::name(info.op) + ", " + qn::name(info.device) + ", " +
-               info.name + (info.usable ? ")" : ", unusable: " + info.why_not + ")");
+        return std::string("KernelInfo(") + qn::name(info.op) + ", " + qn::name(info.device) +
+               ", " + info.name + (info.usable ? ")" : ", unusable: " + info.why_not + ")");
       });
   m.def("list_kernels", &qn::list_kernels);
-  m.def("force_kernel", [](const std::string& op, const std::string& device, const std::string& kernel) {
-    qn::force_kernel(op_of(op), device_type_of(device), kernel);
-  }, nb::arg("op"), nb::arg("device"), nb::arg("kernel"));
-  m.def("forced_kernel", [](const std::string& op, const std::string& device) {
-    return qn::forced_kernel(op_of(op), device_type_of(device));
-  }, nb::arg("op"), nb::arg("device"));
-  m.def("selected_kernel", &selected_kernel, nb::arg("op"), nb::kw_only(), nb::arg("m"), nb::arg("rows"),
-        nb::arg("cols"), nb::arg("dtype"), nb::arg("block_size"), nb::arg("double_quant"),
-        nb::arg("codebook"), nb::arg("device"),
-        "The kernel for a problem of this shape, and whether a dense GEMM would be preferred to it.");
-  m.def("last_kernel", [](const std::string& op) { return qn::last_kernel(op_of(op)); }, nb::arg("op"));
+  m.def(
+      "force_kernel",
+      [](const std::string& op, const std::string& device, const std::string& kernel) {
+        qn::force_kernel(op_of(op), device_type_of(device), kernel);
+      },
+      nb::arg("op"), nb::arg("device"), nb::arg("kernel"));
+  m.def(
+      "forced_kernel",
+      [](const std::string& op, const std::string& device) {
+        return qn::forced_kernel(op_of(op), device_type_of(device));
+      },
+      nb::arg("op"), nb::arg("device"));
+  m.def(
+      "selected_kernel", &selected_kernel, nb::arg("op"), nb::kw_only(), nb::arg("m"),
+      nb::arg("rows"), nb::arg("cols"), nb::arg("dtype"), nb::arg("block_size"),
+      nb::arg("double_quant"), nb::arg("codebook"), nb::arg("device"),
+      "The kernel for a problem of this shape, and whether a dense GEMM would be preferred to it.");
+  m.def(
+      "last_kernel", [](const std::string& op) { return qn::last_kernel(op_of(op)); },
+      nb::arg("op"));
 }

@@ -32,7 +32,9 @@ qn::Device device_of(int device) {
   return device < 0 ? qn::Device::cpu() : qn::Device::cuda(device);
 }
 
-qn::Workspace workspace_of(uintptr_t data, int64_t size_bytes) { return {pointer(data), size_bytes}; }
+qn::Workspace workspace_of(uintptr_t data, int64_t size_bytes) {
+  return {pointer(data), size_bytes};
+}
 
 qn::Stream stream_of(uintptr_t handle) { return qn::Stream::from_handle(pointer(handle)); }
 
@@ -52,8 +54,9 @@ qn::Codebook custom_codebook(const std::array<float, 16>& values) {
 
 /// Where the parts of a 4-bit weight lie; what every operation takes. Made for one call: it owns nothing.
 qn::MutableQuantizedView weight_view(uintptr_t packed, uintptr_t absmax, uintptr_t absmax2,
-                                     uintptr_t offset, bool double_quant, int64_t rows, int64_t cols,
-                                     int64_t block_size, const qn::Codebook& codebook, int device) {
+                                     uintptr_t offset, bool double_quant, int64_t rows,
+                                     int64_t cols, int64_t block_size, const qn::Codebook& codebook,
+                                     int device) {
   qn::MutableQuantizedView view{.packed = pointer<uint8_t>(packed),
                                 .absmax = {},
                                 .rows = rows,
@@ -74,13 +77,14 @@ qn::MutableQuantizedView weight_view(uintptr_t packed, uintptr_t absmax, uintptr
 }
 
 qn::QuantizedView read_only(const qn::MutableQuantizedView& view) {
-  return {.packed = view.packed,
-          .absmax = {view.absmax.values, view.absmax.codes, view.absmax.absmax2, view.absmax.offset},
-          .rows = view.rows,
-          .cols = view.cols,
-          .block_size = view.block_size,
-          .codebook = view.codebook,
-          .device = view.device};
+  return {
+      .packed = view.packed,
+      .absmax = {view.absmax.values, view.absmax.codes, view.absmax.absmax2, view.absmax.offset},
+      .rows = view.rows,
+      .cols = view.cols,
+      .block_size = view.block_size,
+      .codebook = view.codebook,
+      .device = view.device};
 }
 
 qn::QuantizeArgs quantize_args(const qn::MutableQuantizedView& weight, uintptr_t input, int dtype,
@@ -99,9 +103,9 @@ qn::MatmulArgs matmul_args(const qn::MutableQuantizedView& weight, uintptr_t x, 
           .y = {pointer(y), m, weight.rows, weight.rows, type, weight.device}};
 }
 
-qn::MatmulTransposedArgs matmul_transposed_args(const qn::MutableQuantizedView& weight, uintptr_t dy,
-                                                int64_t m, int64_t row_stride, int dtype,
-                                                uintptr_t dx) {
+qn::MatmulTransposedArgs matmul_transposed_args(const qn::MutableQuantizedView& weight,
+                                                uintptr_t dy, int64_t m, int64_t row_stride,
+                                                int dtype, uintptr_t dx) {
   const auto type = static_cast<qn::DType>(dtype);
   return {.dy = {pointer(dy), m, weight.rows, row_stride, type, weight.device},
           .weight = read_only(weight),
@@ -114,7 +118,8 @@ constexpr int64_t kPreferDense = -1;
 
 void bind_codebooks(nb::module_& m) {
   nb::class_<qn::Codebook>(m, "Codebook", "One 4-bit code: its values and decision points.")
-      .def_prop_ro("quant_type", [](const qn::Codebook& book) { return std::string(name(book.type)); })
+      .def_prop_ro("quant_type",
+                   [](const qn::Codebook& book) { return std::string(name(book.type)); })
       .def_prop_ro("values", [](const qn::Codebook& book) { return std::to_array(book.values); })
       .def_prop_ro("decision_points",
                    [](const qn::Codebook& book) { return std::to_array(book.decision_points); });
@@ -133,64 +138,75 @@ void bind_ops(nb::module_& m) {
   const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
 
   nb::class_<Weight>(m, "WeightView", "Addresses of a 4-bit weight's parts, for one call.")
-      .def_static("make", &weight_view, nb::kw_only(), "packed"_a, "absmax"_a, "absmax2"_a, "offset"_a,
-                  "double_quant"_a, "rows"_a, "cols"_a, "block_size"_a, "codebook"_a, "device"_a);
+      .def_static("make", &weight_view, nb::kw_only(), "packed"_a, "absmax"_a, "absmax2"_a,
+                  "offset"_a, "double_quant"_a, "rows"_a, "cols"_a, "block_size"_a, "codebook"_a,
+                  "device"_a);
 
-  m.def("quantize_4bit_workspace_bytes",
-        [](const Weight& weight, uintptr_t input, int dtype, uintptr_t pinned_offset) {
-          return qn::quantize_4bit_workspace_bytes(quantize_args(weight, input, dtype, pinned_offset));
-        },
-        "weight"_a, nb::kw_only(), "input"_a, "dtype"_a, "pinned_offset"_a);
-  m.def("quantize_4bit",
-        [](const Weight& weight, uintptr_t input, int dtype, uintptr_t pinned_offset,
-           uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
-          qn::quantize_4bit(quantize_args(weight, input, dtype, pinned_offset),
-                            workspace_of(workspace, workspace_bytes), stream_of(stream));
-        },
-        "weight"_a, nb::kw_only(), "input"_a, "dtype"_a, "pinned_offset"_a, "workspace"_a,
-        "workspace_bytes"_a, "stream"_a, no_gil);
+  m.def(
+      "quantize_4bit_workspace_bytes",
+      [](const Weight& weight, uintptr_t input, int dtype, uintptr_t pinned_offset) {
+        return qn::quantize_4bit_workspace_bytes(
+            quantize_args(weight, input, dtype, pinned_offset));
+      },
+      "weight"_a, nb::kw_only(), "input"_a, "dtype"_a, "pinned_offset"_a);
+  m.def(
+      "quantize_4bit",
+      [](const Weight& weight, uintptr_t input, int dtype, uintptr_t pinned_offset,
+         uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
+        qn::quantize_4bit(quantize_args(weight, input, dtype, pinned_offset),
+                          workspace_of(workspace, workspace_bytes), stream_of(stream));
+      },
+      "weight"_a, nb::kw_only(), "input"_a, "dtype"_a, "pinned_offset"_a, "workspace"_a,
+      "workspace_bytes"_a, "stream"_a, no_gil);
 
-  m.def("dequantize_4bit",
-        [](const Weight& weight, uintptr_t output, int dtype, uintptr_t stream) {
-          qn::dequantize_4bit({.weight = read_only(weight),
-                               .output = {pointer(output), weight.numel(),
-                                          static_cast<qn::DType>(dtype), weight.device}},
-                              stream_of(stream));
-        },
-        "weight"_a, nb::kw_only(), "output"_a, "dtype"_a, "stream"_a, no_gil);
+  m.def(
+      "dequantize_4bit",
+      [](const Weight& weight, uintptr_t output, int dtype, uintptr_t stream) {
+        qn::dequantize_4bit({.weight = read_only(weight),
+                             .output = {pointer(output), weight.numel(),
+                                        static_cast<qn::DType>(dtype), weight.device}},
+                            stream_of(stream));
+      },
+      "weight"_a, nb::kw_only(), "output"_a, "dtype"_a, "stream"_a, no_gil);
 
   m.attr("PREFER_DENSE") = kPreferDense;
-  m.def("matmul_4bit_plan",
-        [](const Weight& weight, uintptr_t x, int64_t m, int64_t row_stride, int dtype, uintptr_t bias,
-           uintptr_t y) {
-          const qn::MatmulArgs args = matmul_args(weight, x, m, row_stride, dtype, bias, y);
-          return qn::matmul_4bit_prefers_dense(args) ? kPreferDense
-                                                     : qn::matmul_4bit_workspace_bytes(args);
-        },
-        "weight"_a, nb::kw_only(), "x"_a, "m"_a, "row_stride"_a, "dtype"_a, "bias"_a, "y"_a);
-  m.def("matmul_4bit",
-        [](const Weight& weight, uintptr_t x, int64_t m, int64_t row_stride, int dtype, uintptr_t bias,
-           uintptr_t y, uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
-          qn::matmul_4bit(matmul_args(weight, x, m, row_stride, dtype, bias, y),
-                          workspace_of(workspace, workspace_bytes), stream_of(stream));
-        },
-        "weight"_a, nb::kw_only(), "x"_a, "m"_a, "row_stride"_a, "dtype"_a, "bias"_a, "y"_a,
-        "workspace"_a, "workspace_bytes"_a, "stream"_a, no_gil);
+  m.def(
+      "matmul_4bit_plan",
+      [](const Weight& weight, uintptr_t x, int64_t m, int64_t row_stride, int dtype,
+         uintptr_t bias, uintptr_t y) {
+        const qn::MatmulArgs args = matmul_args(weight, x, m, row_stride, dtype, bias, y);
+        return qn::matmul_4bit_prefers_dense(args) ? kPreferDense
+                                                   : qn::matmul_4bit_workspace_bytes(args);
+      },
+      "weight"_a, nb::kw_only(), "x"_a, "m"_a, "row_stride"_a, "dtype"_a, "bias"_a, "y"_a);
+  m.def(
+      "matmul_4bit",
+      [](const Weight& weight, uintptr_t x, int64_t m, int64_t row_stride, int dtype,
+         uintptr_t bias, uintptr_t y, uintptr_t workspace, int64_t workspace_bytes,
+         uintptr_t stream) {
+        qn::matmul_4bit(matmul_args(weight, x, m, row_stride, dtype, bias, y),
+                        workspace_of(workspace, workspace_bytes), stream_of(stream));
+      },
+      "weight"_a, nb::kw_only(), "x"_a, "m"_a, "row_stride"_a, "dtype"_a, "bias"_a, "y"_a,
+      "workspace"_a, "workspace_bytes"_a, "stream"_a, no_gil);
 
-  m.def("matmul_4bit_transposed_plan",
-        [](const Weight& weight, uintptr_t dy, int64_t m, int64_t row_stride, int dtype, uintptr_t dx) {
-          const auto args = matmul_transposed_args(weight, dy, m, row_stride, dtype, dx);
-          return qn::matmul_4bit_transposed_prefers_dense(args)
-                     ? kPreferDense
-                     : qn::matmul_4bit_transposed_workspace_bytes(args);
-        },
-        "weight"_a, nb::kw_only(), "dy"_a, "m"_a, "row_stride"_a, "dtype"_a, "dx"_a);
-  m.def("matmul_4bit_transposed",
-        [](const Weight& weight, uintptr_t dy, int64_t m, int64_t row_stride, int dtype, uintptr_t dx,
-           uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
-          qn::matmul_4bit_transposed(matmul_transposed_args(weight, dy, m, row_stride, dtype, dx),
-                                     workspace_of(workspace, workspace_bytes), stream_of(stream));
-        },
-        "weight"_a, nb::kw_only(), "dy"_a, "m"_a, "row_stride"_a, "dtype"_a, "dx"_a, "workspace"_a,
-        "workspace_bytes"_a, "stream"_a, no_gil);
+  m.def(
+      "matmul_4bit_transposed_plan",
+      [](const Weight& weight, uintptr_t dy, int64_t m, int64_t row_stride, int dtype,
+         uintptr_t dx) {
+        const auto args = matmul_transposed_args(weight, dy, m, row_stride, dtype, dx);
+        return qn::matmul_4bit_transposed_prefers_dense(args)
+                   ? kPreferDense
+                   : qn::matmul_4bit_transposed_workspace_bytes(args);
+      },
+      "weight"_a, nb::kw_only(), "dy"_a, "m"_a, "row_stride"_a, "dtype"_a, "dx"_a);
+  m.def(
+      "matmul_4bit_transposed",
+      [](const Weight& weight, uintptr_t dy, int64_t m, int64_t row_stride, int dtype, uintptr_t dx,
+         uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
+        qn::matmul_4bit_transposed(matmul_transposed_args(weight, dy, m, row_stride, dtype, dx),
+                                   workspace_of(workspace, workspace_bytes), stream_of(stream));
+      },
+      "weight"_a, nb::kw_only(), "dy"_a, "m"_a, "row_stride"_a, "dtype"_a, "dx"_a, "workspace"_a,
+      "workspace_bytes"_a, "stream"_a, no_gil);
 }

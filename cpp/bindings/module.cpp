@@ -53,7 +53,8 @@ NB_MODULE(_C, m) {
       .def_ro("features", &qn::DeviceInfo::features)
       .def_ro("memory_bytes", &qn::DeviceInfo::memory_bytes)
       .def("__repr__", [](const qn::DeviceInfo& info) {
-        return "DeviceInfo(" + qn::to_string(info.device) + ", " + info.name + ", " + info.features + ")";
+        return "DeviceInfo(" + qn::to_string(info.device) + ", " + info.name + ", " +
+               info.features + ")";
       });
   m.def("list_devices", &qn::list_devices);
   m.def("cuda_unavailable_reason", &qn::cuda_unavailable_reason);

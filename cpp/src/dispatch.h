@@ -37,7 +37,8 @@ const KernelEntry<Args>& select_kernel(const Args& args) {
   }
   if (table.empty()) report = " " + backend_for(device.type).unavailable_reason();
   throw Unsupported(std::string(name(Traits::kOp)) + ": no kernel on " + to_string(device) +
-                    (forced ? " (" + std::string(forced) + " is forced)" : "") + " takes this call:" + report);
+                    (forced ? " (" + std::string(forced) + " is forced)" : "") +
+                    " takes this call:" + report);
 }
 
 template <class Args>

@@ -64,10 +64,14 @@ const Backend& backend_for(DeviceType type) {
 
 const char* name(Op op) {
   switch (op) {
-    case Op::kQuantize4bit: return "quantize_4bit";
-    case Op::kDequantize4bit: return "dequantize_4bit";
-    case Op::kMatmul4bit: return "matmul_4bit";
-    case Op::kMatmul4bitTransposed: return "matmul_4bit_transposed";
+    case Op::kQuantize4bit:
+      return "quantize_4bit";
+    case Op::kDequantize4bit:
+      return "dequantize_4bit";
+    case Op::kMatmul4bit:
+      return "matmul_4bit";
+    case Op::kMatmul4bitTransposed:
+      return "matmul_4bit_transposed";
   }
   return "unknown";
 }
@@ -93,10 +97,18 @@ void force_kernel(Op op, DeviceType device, const std::string& kernel_name) {
   const Backend& backend = backend_for(device);
   std::vector<const char*> names;
   switch (op) {
-    case Op::kQuantize4bit: names = names_of(backend.quantize); break;
-    case Op::kDequantize4bit: names = names_of(backend.dequantize); break;
-    case Op::kMatmul4bit: names = names_of(backend.matmul); break;
-    case Op::kMatmul4bitTransposed: names = names_of(backend.matmul_transposed); break;
+    case Op::kQuantize4bit:
+      names = names_of(backend.quantize);
+      break;
+    case Op::kDequantize4bit:
+      names = names_of(backend.dequantize);
+      break;
+    case Op::kMatmul4bit:
+      names = names_of(backend.matmul);
+      break;
+    case Op::kMatmul4bitTransposed:
+      names = names_of(backend.matmul_transposed);
+      break;
   }
   std::string known;
   for (const char* candidate : names) {

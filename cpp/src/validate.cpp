@@ -26,7 +26,8 @@ void check_dtype(const char* op, const char* what, DType dtype) {
 
 void check_device(const char* op, const char* what, Device device, Device expected) {
   if (device != expected) {
-    fail(op, ": ", what, " is on ", to_string(device), ", the 4-bit weight on ", to_string(expected));
+    fail(op, ": ", what, " is on ", to_string(device), ", the 4-bit weight on ",
+         to_string(expected));
   }
 }
 
@@ -34,7 +35,8 @@ void check_pointer(const char* op, const char* what, const void* data, int64_t s
   if (data == nullptr && size > 0) fail(op, ": ", what, " is null but has ", size, " elements");
 }
 
-void check_vector(const char* op, const char* what, const VectorView& view, int64_t size, Device device) {
+void check_vector(const char* op, const char* what, const VectorView& view, int64_t size,
+                  Device device) {
   check_dtype(op, what, view.dtype);
   if (view.size != size) fail(op, ": ", what, " has ", view.size, " elements, expected ", size);
   check_device(op, what, view.device, device);
@@ -45,7 +47,8 @@ void check_matrix(const char* op, const char* what, const MatrixView& view, Devi
   check_dtype(op, what, view.dtype);
   if (view.rows < 0 || view.cols < 0) fail(op, ": ", what, " is ", view.rows, " x ", view.cols);
   if (view.row_stride < view.cols) {
-    fail(op, ": ", what, " has row stride ", view.row_stride, ", less than its ", view.cols, " columns");
+    fail(op, ": ", what, " has row stride ", view.row_stride, ", less than its ", view.cols,
+         " columns");
   }
   check_device(op, what, view.device, device);
   check_pointer(op, what, view.data, view.rows * view.cols);
@@ -73,13 +76,14 @@ void check_codebook(const char* op, const Codebook& book) {
 /// The rules common to a weight that is read and one that is written.
 template <class View>
 void check_quantized(const char* op, const View& weight) {
-  if (weight.rows < 0 || weight.cols < 0) fail(op, ": the weight is ", weight.rows, " x ", weight.cols);
+  if (weight.rows < 0 || weight.cols < 0)
+    fail(op, ": the weight is ", weight.rows, " x ", weight.cols);
   if (weight.cols > 0 && weight.rows > std::numeric_limits<int64_t>::max() / 8 / weight.cols) {
     fail(op, ": the weight's ", weight.rows, " x ", weight.cols, " elements overflow 64 bits");
   }
   if (!is_valid_block_size(weight.block_size)) {
-    fail(op, ": block_size ", weight.block_size, " is not a power of two from ", kMinBlockSize, " to ",
-         kMaxBlockSize);
+    fail(op, ": block_size ", weight.block_size, " is not a power of two from ", kMinBlockSize,
+         " to ", kMaxBlockSize);
   }
   check_codebook(op, weight.codebook);
   const int64_t numel = weight.numel();
@@ -122,11 +126,12 @@ void validate(const MatmulArgs& args) {
   check_matrix(kOp, "x", args.x, w.device);
   check_matrix(kOp, "y", as_const(args.y), w.device);
   if (args.x.cols != w.cols) {
-    fail(kOp, ": x is ", args.x.rows, " x ", args.x.cols, " but the weight is ", w.rows, " x ", w.cols,
-         ": K = ", args.x.cols, " and K = ", w.cols, " differ");
+    fail(kOp, ": x is ", args.x.rows, " x ", args.x.cols, " but the weight is ", w.rows, " x ",
+         w.cols, ": K = ", args.x.cols, " and K = ", w.cols, " differ");
   }
   if (args.y.rows != args.x.rows || args.y.cols != w.rows) {
-    fail(kOp, ": y is ", args.y.rows, " x ", args.y.cols, ", expected ", args.x.rows, " x ", w.rows);
+    fail(kOp, ": y is ", args.y.rows, " x ", args.y.cols, ", expected ", args.x.rows, " x ",
+         w.rows);
   }
   if (args.y.dtype != args.x.dtype) {
     fail(kOp, ": x is ", name(args.x.dtype), " but y is ", name(args.y.dtype));
@@ -146,11 +151,12 @@ void validate(const MatmulTransposedArgs& args) {
   check_matrix(kOp, "dy", args.dy, w.device);
   check_matrix(kOp, "dx", as_const(args.dx), w.device);
   if (args.dy.cols != w.rows) {
-    fail(kOp, ": dy is ", args.dy.rows, " x ", args.dy.cols, " but the weight is ", w.rows, " x ", w.cols,
-         ": N = ", args.dy.cols, " and N = ", w.rows, " differ");
+    fail(kOp, ": dy is ", args.dy.rows, " x ", args.dy.cols, " but the weight is ", w.rows, " x ",
+         w.cols, ": N = ", args.dy.cols, " and N = ", w.rows, " differ");
   }
   if (args.dx.rows != args.dy.rows || args.dx.cols != w.cols) {
-    fail(kOp, ": dx is ", args.dx.rows, " x ", args.dx.cols, ", expected ", args.dy.rows, " x ", w.cols);
+    fail(kOp, ": dx is ", args.dx.rows, " x ", args.dx.cols, ", expected ", args.dy.rows, " x ",
+         w.cols);
   }
   if (args.dx.dtype != args.dy.dtype) {
     fail(kOp, ": dy is ", name(args.dy.dtype), " but dx is ", name(args.dx.dtype));

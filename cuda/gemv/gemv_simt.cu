@@ -56,8 +56,8 @@ struct GemvParams {
 
 /// Vectors from one staged row to the next: the offsets of the rows are compile-time constants.
 template <class T, int kXRows>
-inline constexpr int kStageStride = static_cast<int>(gemv_stage_capacity(kXRows, sizeof(T)) /
-                                                     kVectorElems<T>);
+inline constexpr int kStageStride =
+    static_cast<int>(gemv_stage_capacity(kXRows, sizeof(T)) / kVectorElems<T>);
 
 /// Where vector q of a staged row lies.
 __device__ __forceinline__ uint32_t swizzled(uint32_t q) { return q ^ ((q >> 3) & 7); }

@@ -98,7 +98,8 @@ TEST(Codebook, Fp4KeepsTheSignOfAValueThatUnderflows) {
 TEST(Codebook, Fp4IsSymmetricAtItsThresholds) {
   for (int i = 0; i < 7; ++i) {
     const float threshold = kFP4.decision_points[8 + i];
-    for (const float x : {threshold, std::nextafter(threshold, 0.0f), std::nextafter(threshold, 1.0f)}) {
+    for (const float x :
+         {threshold, std::nextafter(threshold, 0.0f), std::nextafter(threshold, 1.0f)}) {
       EXPECT_EQ(encode_4bit(kFP4, -x), encode_4bit(kFP4, x) | 8) << x;
     }
   }

@@ -51,7 +51,8 @@ TEST(Dequantize, MatchesTheReferenceForEveryBlockSizeAndType) {
 }
 
 TEST(Dequantize, TakesRaggedShapes) {
-  const int64_t shapes[][2] = {{1, 1}, {1, 2}, {3, 1}, {7, 31}, {5, 33}, {63, 65}, {37, 99}, {300, 331}};
+  const int64_t shapes[][2] = {{1, 1},  {1, 2},   {3, 1},   {7, 31},
+                               {5, 33}, {63, 65}, {37, 99}, {300, 331}};
   uint32_t seed = 40;
   for (const auto& [rows, cols] : shapes) {
     for (const bool double_quant : {false, true}) {
@@ -70,7 +71,8 @@ TEST(Dequantize, DecodesWhatBeganAsNan) {
 
 TEST(Dequantize, ScalesAtTheEdgesOfTheFormats) {
   // Halves overflow above 65504 and are subnormal below 6.1e-5; floats end at 3.4e38 and 1e-45.
-  const float scales[] = {0.0f, 1e-45f, 1e-38f, 6e-8f, 3e-8f, 6e-5f, 65504.0f, 65519.0f, 65520.0f, 3.4e38f};
+  const float scales[] = {0.0f,  1e-45f,   1e-38f,   6e-8f,    3e-8f,
+                          6e-5f, 65504.0f, 65519.0f, 65520.0f, 3.4e38f};
   const auto blocks = static_cast<int64_t>(std::size(scales));
   const WeightSpec spec{blocks, 32, 32, kNF4, false};
   HostWeight weight = random_weight(spec, 51);
@@ -91,7 +93,8 @@ TEST(Dequantize, RoundTripStaysWithinHalfAStep) {
   const std::vector<double> values = gaussian(spec.numel(), DType::kFloat32, 53);
   for (const Device device : test_devices()) {
     const HostWeight weight = quantize_on(device, spec, DType::kFloat32, values);
-    const auto decoded = from_bytes(DType::kFloat32, dequantize_on(device, spec, weight, DType::kFloat32));
+    const auto decoded =
+        from_bytes(DType::kFloat32, dequantize_on(device, spec, weight, DType::kFloat32));
     for (size_t i = 0; i < values.size(); ++i) {
       EXPECT_NEAR(decoded[i], values[i], weight.absmax[i / 64] / 14 * 1.00001) << i;
     }

@@ -17,7 +17,8 @@ void expect_matches_reference(const WeightSpec& spec, const std::vector<double>&
   const HostWeight expected = reference_quantize(spec, values, pinned_offset);
   for (const Device device : test_devices()) {
     for_each_kernel(Op::kQuantize4bit, device, [&] {
-      expect_same_bytes(quantize_on(device, spec, DType::kFloat32, values, pinned_offset), expected);
+      expect_same_bytes(quantize_on(device, spec, DType::kFloat32, values, pinned_offset),
+                        expected);
     });
   }
 }
@@ -58,7 +59,8 @@ TEST(DoubleQuantize, TheOffsetIsTheMean) {
 TEST(DoubleQuantize, HonoursAPinnedOffset) {
   const WeightSpec spec{9, 2048, 64, kNF4, true};
   const std::vector<double> values = gaussian(spec.numel(), DType::kFloat32, 13);
-  for (const float offset : {0.0f, 2.5f, -1.0f, 1e-40f}) expect_matches_reference(spec, values, &offset);
+  for (const float offset : {0.0f, 2.5f, -1.0f, 1e-40f})
+    expect_matches_reference(spec, values, &offset);
 }
 
 TEST(DoubleQuantize, ANanBlockPoisonsItsGroupAndNotTheOffset) {

@@ -52,7 +52,8 @@ TEST(Kernels, AForcedKernelRunsOnEveryThread) {
   }
   EXPECT_EQ(forced_kernel(Op::kQuantize4bit, DeviceType::kCpu), "");
   quantize_on(Device::cpu(), kSpec, DType::kFloat32, some_values());
-  EXPECT_EQ(last_kernel(Op::kQuantize4bit), usable_kernels(Op::kQuantize4bit, Device::cpu()).front());
+  EXPECT_EQ(last_kernel(Op::kQuantize4bit),
+            usable_kernels(Op::kQuantize4bit, Device::cpu()).front());
 }
 
 TEST(Kernels, TheSelectedKernelIsTheOneThatRuns) {
@@ -102,7 +103,8 @@ TEST(Kernels, AKernelThatTheHardwareLacksCannotRun) {
     if (info.usable || info.op != Op::kDequantize4bit || info.device != DeviceType::kCpu) continue;
     found = true;
     const ForcedKernel forced(info.op, info.device, info.name);
-    EXPECT_THROW(dequantize_on(Device::cpu(), kSpec, random_weight(kSpec, 3), DType::kFloat32), Unsupported);
+    EXPECT_THROW(dequantize_on(Device::cpu(), kSpec, random_weight(kSpec, 3), DType::kFloat32),
+                 Unsupported);
   }
   if (!found) GTEST_SKIP() << "this processor has everything";
 }

@@ -74,13 +74,14 @@ Reference multiply(const Product& p, const Inputs& inputs) {
 }
 
 /// Rows of `cols` values with `padding` poisoned elements behind each.
-std::vector<uint8_t> with_padding(DType dtype, const std::vector<double>& values, int64_t rows, int64_t cols,
-                                  int64_t padding) {
+std::vector<uint8_t> with_padding(DType dtype, const std::vector<double>& values, int64_t rows,
+                                  int64_t cols, int64_t padding) {
   std::vector<uint8_t> bytes;
   const std::vector<uint8_t> dense = to_bytes(dtype, values);
   const int64_t row_bytes = cols * size_bytes(dtype);
   for (int64_t row = 0; row < rows; ++row) {
-    bytes.insert(bytes.end(), dense.begin() + row * row_bytes, dense.begin() + (row + 1) * row_bytes);
+    bytes.insert(bytes.end(), dense.begin() + row * row_bytes,
+                 dense.begin() + (row + 1) * row_bytes);
     bytes.insert(bytes.end(), static_cast<size_t>(padding * size_bytes(dtype)), 0xff);
   }
   return bytes;
@@ -134,14 +135,16 @@ double root_mean_square(const std::vector<double>& a, const std::vector<double>&
   return std::sqrt(sum / static_cast<double>(a.size()));
 }
 
-void expect_accurate(const Product& p, const Reference& r, const std::vector<double>& actual, Device device) {
+void expect_accurate(const Product& p, const Reference& r, const std::vector<double>& actual,
+                     Device device) {
   ASSERT_EQ(actual.size(), r.exact.size());
   const double fp32 = unit_roundoff(DType::kFloat32);
   // A sum in fp32 of `depth` terms; the GPU's tensor cores may round the weights to dtype as well.
   double relative = fp32 * (8 + 2 * std::sqrt(static_cast<double>(p.depth())));
   if (device.is_cuda()) relative += unit_roundoff(p.dtype);
   for (size_t i = 0; i < actual.size(); ++i) {
-    const double bound = std::fabs(r.exact[i]) * unit_roundoff(p.dtype) * 1.01 + relative * r.magnitude[i];
+    const double bound =
+        std::fabs(r.exact[i]) * unit_roundoff(p.dtype) * 1.01 + relative * r.magnitude[i];
     ASSERT_NEAR(actual[i], r.exact[i], bound)
         << "row " << i / static_cast<size_t>(p.columns()) << ", column "
         << i % static_cast<size_t>(p.columns());
@@ -184,9 +187,10 @@ TEST_P(Matmul, EveryShape) {
   uint32_t seed = 100;
   // One row; one column; odd; K not a multiple of the block; more than one segment of 64 blocks, with
   // groups that end inside a row; deeper than a panel; blocks longer than a row.
-  const int64_t shapes[][3] = {{1, 64, 64},    {1, 4096, 4096}, {64, 1, 64},  {7, 99, 32},   {13, 31, 64},
-                               {5, 192, 128},  {9, 4480, 64},   {3, 2112, 32}, {300, 64, 64}, {270, 33, 64},
-                               {40, 96, 4096}, {64, 160, 32},   {2, 8192, 2048}};
+  const int64_t shapes[][3] = {{1, 64, 64},    {1, 4096, 4096}, {64, 1, 64},    {7, 99, 32},
+                               {13, 31, 64},   {5, 192, 128},   {9, 4480, 64},  {3, 2112, 32},
+                               {300, 64, 64},  {270, 33, 64},   {40, 96, 4096}, {64, 160, 32},
+                               {2, 8192, 2048}};
   for (const auto& [rows, cols, block_size] : shapes) {
     for (const bool double_quant : {false, true}) {
       const WeightSpec weight{rows, cols, block_size, kNF4, double_quant};
@@ -219,7 +223,8 @@ TEST_P(Matmul, StridedRows) {
 }
 
 TEST_P(Matmul, MoreRowsThanOnePass) {
-  expect_every_kernel_accurate({{37, 128, 64, kNF4, false}, 300, DType::kFloat32, transposed()}, 400);
+  expect_every_kernel_accurate({{37, 128, 64, kNF4, false}, 300, DType::kFloat32, transposed()},
+                               400);
 }
 
 TEST_P(Matmul, RepeatsItsBitsWithEveryNumberOfThreads) {
@@ -295,7 +300,8 @@ TEST(MatmulKernels, OnTheCpuOnlyGemvDeclinesAShape) {
   for (const bool transposed : {false, true}) {
     const Product p{{5, 99, 64, kNF4, false}, 2, DType::kFloat32, transposed};
     const Inputs inputs = make_inputs(p, 1000);
-    const auto ran = for_each_kernel(p.op(), Device::cpu(), [&] { run_on(Device::cpu(), p, inputs); });
+    const auto ran =
+        for_each_kernel(p.op(), Device::cpu(), [&] { run_on(Device::cpu(), p, inputs); });
     for (const std::string& kernel : usable_kernels(p.op(), Device::cpu())) {
       const bool declines = kernel.starts_with("gemv");
       EXPECT_EQ(std::find(ran.begin(), ran.end(), kernel) == ran.end(), declines) << kernel;

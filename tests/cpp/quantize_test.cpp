@@ -15,13 +15,13 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 const Codebook kAllCodebooks[] = {kNF4, kFP4, kINT4, uneven_codebook()};
 
-void expect_matches_reference(const WeightSpec& spec, DType dtype, const std::vector<double>& values) {
+void expect_matches_reference(const WeightSpec& spec, DType dtype,
+                              const std::vector<double>& values) {
   SCOPED_TRACE(::testing::Message() << spec << ", " << name(dtype));
   const HostWeight expected = reference_quantize(spec, values);
   for (const Device device : test_devices()) {
-    for_each_kernel(Op::kQuantize4bit, device, [&] {
-      expect_same_bytes(quantize_on(device, spec, dtype, values), expected);
-    });
+    for_each_kernel(Op::kQuantize4bit, device,
+                    [&] { expect_same_bytes(quantize_on(device, spec, dtype, values), expected); });
   }
 }
 
@@ -39,7 +39,8 @@ TEST(Quantize, MatchesTheReferenceForEveryBlockSizeTypeAndDtype) {
 }
 
 TEST(Quantize, TakesRaggedShapes) {
-  const int64_t shapes[][2] = {{1, 1}, {1, 2}, {3, 1}, {7, 31}, {5, 33}, {63, 65}, {37, 99}, {17, 1031}};
+  const int64_t shapes[][2] = {{1, 1},  {1, 2},   {3, 1},   {7, 31},
+                               {5, 33}, {63, 65}, {37, 99}, {17, 1031}};
   uint32_t seed = 100;
   for (const auto& [rows, cols] : shapes) {
     for (const DType dtype : kAllDTypes) {
@@ -82,7 +83,8 @@ TEST(Quantize, TiesOnDecisionPointsGoDown) {
     // absmax is 1, so the scaled values are the values; each point and its two neighbours.
     std::vector<double> values = {1.0};
     for (const float point : book.decision_points) {
-      values.insert(values.end(), {point, std::nextafter(point, -2.0f), std::nextafter(point, 2.0f)});
+      values.insert(values.end(),
+                    {point, std::nextafter(point, -2.0f), std::nextafter(point, 2.0f)});
     }
     values.insert(values.end(), {-1.0, -0.0, 0.0});
     values.resize(64, 0.0);

@@ -37,7 +37,8 @@ TEST(Slow, MoreThanTwoToThe31Elements) {
 
   QuantizeArgs quantize;
   quantize.input = {data.get(), kNumel, DType::kBFloat16, {}};
-  quantize.output = {packed.get(), {absmax.get(), nullptr, nullptr, nullptr}, kRows, kCols, kBlock, kNF4, {}};
+  quantize.output = {
+      packed.get(), {absmax.get(), nullptr, nullptr, nullptr}, kRows, kCols, kBlock, kNF4, {}};
   quantize_4bit(quantize, {}, Stream::none());
   const QuantizedView weight{
       packed.get(), {absmax.get(), nullptr, nullptr, nullptr}, kRows, kCols, kBlock, kNF4, {}};
@@ -53,7 +54,8 @@ TEST(Slow, MoreThanTwoToThe31Elements) {
     float expected_absmax = 0;
     QuantizeArgs alone;
     alone.input = {values, count, DType::kBFloat16, {}};
-    alone.output = {expected_packed, {&expected_absmax, nullptr, nullptr, nullptr}, 1, count, kBlock, kNF4, {}};
+    alone.output = {
+        expected_packed, {&expected_absmax, nullptr, nullptr, nullptr}, 1, count, kBlock, kNF4, {}};
     quantize_4bit(alone, {}, Stream::none());
     ASSERT_EQ(absmax[block], expected_absmax) << "block " << block;
     for (int64_t i = 0; i < packed_bytes(count); ++i) {
@@ -62,15 +64,18 @@ TEST(Slow, MoreThanTwoToThe31Elements) {
     const QuantizedView alone_view{
         expected_packed, {&expected_absmax, nullptr, nullptr, nullptr}, 1, count, kBlock, kNF4, {}};
     dequantize_4bit({alone_view, {values, count, DType::kBFloat16, {}}}, Stream::none());
-    for (int64_t i = 0; i < count; ++i) ASSERT_EQ(data[begin + i], values[i]) << "element " << begin + i;
+    for (int64_t i = 0; i < count; ++i)
+      ASSERT_EQ(data[begin + i], values[i]) << "element " << begin + i;
   }
 
   // One row of X against the last rows: their offsets in W are beyond 2^31.
   std::vector<float> x(kCols, 0.0f);
   x[kCols - 1] = 1.0f;
   std::vector<float> y(kRows);
-  const MatmulArgs matmul{
-      {x.data(), 1, kCols, kCols, DType::kFloat32, {}}, weight, {}, {y.data(), 1, kRows, kRows, DType::kFloat32, {}}};
+  const MatmulArgs matmul{{x.data(), 1, kCols, kCols, DType::kFloat32, {}},
+                          weight,
+                          {},
+                          {y.data(), 1, kRows, kRows, DType::kFloat32, {}}};
   std::vector<char> workspace(static_cast<size_t>(matmul_4bit_workspace_bytes(matmul)));
   matmul_4bit(matmul, {workspace.data(), static_cast<int64_t>(workspace.size())}, Stream::none());
   for (const int64_t row : {int64_t{0}, kRows / 2, kRows - 1}) {

@@ -75,7 +75,8 @@ TEST_F(Threads, TheNumberMayChangeBetweenCalls) {
   for (const int threads : {1, 9, 2, 5, 1}) {
     set_cpu_threads(threads);
     EXPECT_EQ(cpu_threads(), threads);
-    EXPECT_TRUE(same(quantize_on(Device::cpu(), kSpec, DType::kFloat32, values), expected)) << threads;
+    EXPECT_TRUE(same(quantize_on(Device::cpu(), kSpec, DType::kFloat32, values), expected))
+        << threads;
   }
 }
 
@@ -179,7 +180,8 @@ TEST_F(Threads, TheCallersFloatEnvironmentDoesNotReachTheBytes) {
     DeviceArray<uint8_t> output(Device::cpu(), kSpec.numel() * 4);
     {
       const HostileFloatEnvironment hostile;
-      dequantize_4bit({weight.view(), {output.data(), kSpec.numel(), DType::kFloat32, {}}}, Stream::none());
+      dequantize_4bit({weight.view(), {output.data(), kSpec.numel(), DType::kFloat32, {}}},
+                      Stream::none());
     }
     EXPECT_EQ(output.to_host(), expected_output);
   });

@@ -18,7 +18,8 @@ void expect_rejected(const std::function<void()>& call, const std::vector<std::s
   } catch (const InvalidArgument& error) {
     const std::string message = error.what();
     for (const std::string& word : words) {
-      EXPECT_NE(message.find(word), std::string::npos) << "'" << word << "' is missing from: " << message;
+      EXPECT_NE(message.find(word), std::string::npos)
+          << "'" << word << "' is missing from: " << message;
     }
   }
 }
@@ -34,7 +35,8 @@ class Validation : public ::testing::Test {
 class QuantizeValidation : public Validation {
  protected:
   using Change = std::function<void(QuantizeArgs&)>;
-  void rejects(const WeightSpec& spec, const Change& change, const std::vector<std::string>& words) {
+  void rejects(const WeightSpec& spec, const Change& change,
+               const std::vector<std::string>& words) {
     for (const Device device : test_devices()) {
       DeviceArray<float> input(device, spec.numel());
       DeviceWeight output(device, spec);
@@ -43,8 +45,11 @@ class QuantizeValidation : public Validation {
       args.input = {input.data(), spec.numel(), DType::kFloat32, device};
       args.output = output.mutable_view();
       change(args);
-      expect_rejected([&] { quantize_4bit(args, {workspace.data(), workspace.size()}, TestStream(device).get()); },
-                      words);
+      expect_rejected(
+          [&] {
+            quantize_4bit(args, {workspace.data(), workspace.size()}, TestStream(device).get());
+          },
+          words);
       EXPECT_TRUE(output.is_untouched());
     }
   }
@@ -53,7 +58,8 @@ class QuantizeValidation : public Validation {
 TEST_F(QuantizeValidation, Shapes) {
   rejects(plain_, [](auto& a) { a.input.size = 383; }, {"quantize_4bit", "383", "384"});
   rejects(plain_, [](auto& a) { a.output.rows = -1; }, {"-1", "64"});
-  rejects(plain_, [](auto& a) { a.output.rows = a.output.cols = int64_t{1} << 33; }, {"8589934592"});
+  rejects(plain_, [](auto& a) { a.output.rows = a.output.cols = int64_t{1} << 33; },
+          {"8589934592"});
   rejects(plain_, [](auto& a) { a.output.block_size = 48; }, {"block_size", "48", "32", "4096"});
   rejects(plain_, [](auto& a) { a.output.block_size = 0; }, {"block_size 0"});
   rejects(plain_, [](auto& a) { a.output.block_size = 8192; }, {"8192"});
@@ -72,7 +78,8 @@ TEST_F(QuantizeValidation, Pointers) {
 
 TEST_F(QuantizeValidation, Types) {
   rejects(plain_, [](auto& a) { a.input.dtype = static_cast<DType>(7); }, {"dtype", "7"});
-  rejects(plain_, [](auto& a) { a.output.codebook.type = static_cast<QuantType>(9); }, {"quant_type", "9"});
+  rejects(plain_, [](auto& a) { a.output.codebook.type = static_cast<QuantType>(9); },
+          {"quant_type", "9"});
   rejects(plain_, [](auto& a) { a.input.device = Device::cuda(5); }, {"cuda:5"});
 }
 
@@ -101,7 +108,9 @@ TEST_F(QuantizeValidation, Workspace) {
     const int64_t needed = quantize_4bit_workspace_bytes(args);
     if (needed == 0) continue;
     DeviceArray<uint8_t> workspace(device, needed);
-    const auto with = [&](Workspace w) { return [&, w] { quantize_4bit(args, w, TestStream(device).get()); }; };
+    const auto with = [&](Workspace w) {
+      return [&, w] { quantize_4bit(args, w, TestStream(device).get()); };
+    };
     expect_rejected(with({workspace.data(), needed - 1}),
                     {"workspace", std::to_string(needed - 1), std::to_string(needed)});
     expect_rejected(with({nullptr, needed}), {"workspace"});

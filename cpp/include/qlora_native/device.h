@@ -22,17 +22,15 @@ struct Device {
   friend constexpr bool operator==(Device, Device) = default;
 };
 
-constexpr const char* name(DeviceType type) {
-  return type == DeviceType::kCpu ? "cpu" : "cuda";
-}
+constexpr const char* name(DeviceType type) { return type == DeviceType::kCpu ? "cpu" : "cuda"; }
 
 /// "cpu" or "cuda:0".
 QN_API std::string to_string(Device device);
 
 struct DeviceInfo {
   Device device;
-  std::string name;         ///< the vendor's name of the processor
-  std::string features;     ///< instruction sets of a CPU; "sm_90, 132 SMs" of a GPU
+  std::string name;          ///< the vendor's name of the processor
+  std::string features;      ///< instruction sets of a CPU; "sm_90, 132 SMs" of a GPU
   int64_t memory_bytes = 0;  ///< total memory
 };
 

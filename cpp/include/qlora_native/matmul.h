@@ -9,10 +9,10 @@
 namespace qlora_native {
 
 struct MatmulArgs {
-  MatrixView x;           ///< [M, K]
-  QuantizedView weight;   ///< [N, K]
-  VectorView bias;        ///< [N] of x's dtype, or data == nullptr for none
-  MutableMatrixView y;    ///< [M, N] of x's dtype
+  MatrixView x;          ///< [M, K]
+  QuantizedView weight;  ///< [N, K]
+  VectorView bias;       ///< [N] of x's dtype, or data == nullptr for none
+  MutableMatrixView y;   ///< [M, N] of x's dtype
 };
 
 /// Scratch bytes `matmul_4bit` needs for these arguments. Throws as it does.
@@ -30,9 +30,9 @@ QN_API void matmul_4bit(const MatmulArgs& args, Workspace workspace, Stream stre
 QN_API bool matmul_4bit_prefers_dense(const MatmulArgs& args);
 
 struct MatmulTransposedArgs {
-  MatrixView dy;           ///< [M, N]
-  QuantizedView weight;    ///< [N, K]
-  MutableMatrixView dx;    ///< [M, K] of dy's dtype
+  MatrixView dy;         ///< [M, N]
+  QuantizedView weight;  ///< [N, K]
+  MutableMatrixView dx;  ///< [M, K] of dy's dtype
 };
 
 /// Scratch bytes `matmul_4bit_transposed` needs for these arguments. Throws as it does.

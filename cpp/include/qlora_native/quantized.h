@@ -18,10 +18,10 @@ namespace qlora_native {
 ///     absmax(b) = kSignedDynamicMap.values[codes[b]] * absmax2[b / 256] + *offset
 /// as two fp32 operations, each rounded (never a fused multiply-add).
 struct Absmax {
-  const float* values = nullptr;    ///< [num_blocks]; null when double-quantized
-  const uint8_t* codes = nullptr;   ///< [num_blocks]
-  const float* absmax2 = nullptr;   ///< [num_groups]
-  const float* offset = nullptr;    ///< one element: the mean of the finite absmax values
+  const float* values = nullptr;   ///< [num_blocks]; null when double-quantized
+  const uint8_t* codes = nullptr;  ///< [num_blocks]
+  const float* absmax2 = nullptr;  ///< [num_groups]
+  const float* offset = nullptr;   ///< one element: the mean of the finite absmax values
 
   constexpr bool is_double_quantized() const { return codes != nullptr; }
 };

@@ -53,15 +53,14 @@ CpuFeatures detect() {
   const Registers leaf1 = cpuid(1);
   const bool osxsave = has(leaf1.ecx, 27);
   if (!osxsave) return features;
-  constexpr uint64_t kYmmStates = 0x6;    // SSE and AVX
-  constexpr uint64_t kZmmStates = 0xE6;   // and opmask, the upper halves, zmm16-31
+  constexpr uint64_t kYmmStates = 0x6;   // SSE and AVX
+  constexpr uint64_t kZmmStates = 0xE6;  // and opmask, the upper halves, zmm16-31
   const uint64_t states = enabled_register_states();
   const Registers leaf7 = cpuid(7);
   const bool avx = has(leaf1.ecx, 28) && (states & kYmmStates) == kYmmStates;
   features.avx2 = avx && has(leaf7.ebx, 5) && has(leaf1.ecx, 12) && has(leaf1.ecx, 29);
-  features.avx512 = features.avx2 && (states & kZmmStates) == kZmmStates &&
-                    has(leaf7.ebx, 16) && has(leaf7.ebx, 30) && has(leaf7.ebx, 31) &&
-                    has(leaf7.ebx, 17);
+  features.avx512 = features.avx2 && (states & kZmmStates) == kZmmStates && has(leaf7.ebx, 16) &&
+                    has(leaf7.ebx, 30) && has(leaf7.ebx, 31) && has(leaf7.ebx, 17);
   features.avx512_vbmi = features.avx512 && has(leaf7.ecx, 1);
   features.avx512_bf16 = features.avx512 && has(cpuid(7, 1).eax, 5);
   return features;

@@ -7,11 +7,11 @@
 namespace qlora_native::cpu {
 
 struct CpuFeatures {
-  bool avx2 = false;         ///< AVX2, FMA and F16C
-  bool avx512 = false;       ///< AVX-512 F, BW, VL and DQ, and everything in `avx2`
+  bool avx2 = false;    ///< AVX2, FMA and F16C
+  bool avx512 = false;  ///< AVX-512 F, BW, VL and DQ, and everything in `avx2`
   bool avx512_vbmi = false;
   bool avx512_bf16 = false;
-  std::string brand;         ///< the vendor's name of the processor
+  std::string brand;  ///< the vendor's name of the processor
 };
 
 /// Read once. All false on other processors than x86-64.

@@ -31,9 +31,15 @@ void decode_blocks(const DequantizeArgs& args, int64_t first, int64_t last) {
   const int64_t whole_blocks = args.weight.numel() / args.weight.block_size;
   const int64_t whole_last = last < whole_blocks ? last : whole_blocks;
   switch (args.output.dtype) {
-    case DType::kFloat32: decode_whole_blocks<Isa, DType::kFloat32>(args, first, whole_last); break;
-    case DType::kFloat16: decode_whole_blocks<Isa, DType::kFloat16>(args, first, whole_last); break;
-    case DType::kBFloat16: decode_whole_blocks<Isa, DType::kBFloat16>(args, first, whole_last); break;
+    case DType::kFloat32:
+      decode_whole_blocks<Isa, DType::kFloat32>(args, first, whole_last);
+      break;
+    case DType::kFloat16:
+      decode_whole_blocks<Isa, DType::kFloat16>(args, first, whole_last);
+      break;
+    case DType::kBFloat16:
+      decode_whole_blocks<Isa, DType::kBFloat16>(args, first, whole_last);
+      break;
   }
   decode_blocks_scalar(args, first > whole_last ? first : whole_last, last);
 }

@@ -37,7 +37,8 @@ struct DequantizeAvx512 {
       const void* address = packed;
       const __m512i bytes =
           _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(address)));
-      const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+      const __m512i codes =
+          _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
       _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, table_));
     }
 
@@ -55,7 +56,8 @@ class DequantizeAvx512::BlockTable<DType::kFloat32> {
   void decode32(const uint8_t* packed, void* out) const {
     for (int i = 0; i < 2; ++i) {
       const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadu_si64(packed + 8 * i));
-      const __m512i codes = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+      const __m512i codes =
+          _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
       _mm512_storeu_ps(static_cast<char*>(out) + 64 * i, _mm512_permutexvar_ps(codes, table_));
     }
   }

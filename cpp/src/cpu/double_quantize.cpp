@@ -66,10 +66,10 @@ float mean_absmax(const float* absmax, int64_t blocks, double* partials) {
 /// Where to start looking for the nearest entry: floats are sorted into buckets by sign, exponent and
 /// the top six bits of the mantissa, each narrow enough to hold at most one decision point.
 struct StartingRanks {
-  static constexpr int kShift = 17;                            ///< leaves six bits of the mantissa
-  static constexpr int32_t kLowest = (127 - 20) << 6;          ///< 2^-20: all below share a bucket
-  static constexpr int32_t kBuckets = (20 << 6) + 1;           ///< the last begins at 1
-  uint8_t ranks[2][kBuckets] = {};                             ///< rank of a bucket's lowest float
+  static constexpr int kShift = 17;                    ///< leaves six bits of the mantissa
+  static constexpr int32_t kLowest = (127 - 20) << 6;  ///< 2^-20: all below share a bucket
+  static constexpr int32_t kBuckets = (20 << 6) + 1;   ///< the last begins at 1
+  uint8_t ranks[2][kBuckets] = {};                     ///< rank of a bucket's lowest float
 
   static constexpr int32_t bucket(uint32_t magnitude_bits) {
     const int32_t index = static_cast<int32_t>(magnitude_bits >> kShift) - kLowest;
@@ -108,7 +108,8 @@ uint8_t nearest_code(float x) {
   return static_cast<uint8_t>(rank + static_cast<int>(rank < 255 && x > point));
 }
 
-void encode_group(const float* absmax, int64_t count, float offset, uint8_t* codes, float* absmax2) {
+void encode_group(const float* absmax, int64_t count, float offset, uint8_t* codes,
+                  float* absmax2) {
   // As integers magnitudes order like floats, with infinity and NaN at the top.
   int32_t largest_bits = 0;
   for (int64_t i = 0; i < count; ++i) {

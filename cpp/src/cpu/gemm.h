@@ -23,10 +23,10 @@ constexpr int64_t kCodesPerCacheLine = 128;
 constexpr int64_t kRowsAhead = 16;  ///< of W, fetched before they are decoded
 
 struct GemmProblem {
-  MatrixView a;            ///< [M, D]
+  MatrixView a;  ///< [M, D]
   QuantizedView weight;
-  VectorView bias;         ///< [C] or null
-  MutableMatrixView out;   ///< [M, C]
+  VectorView bias;        ///< [C] or null
+  MutableMatrixView out;  ///< [M, C]
 };
 
 /// Rows of a register tile: as many as fit, shared evenly, so that the last tile is nearly full too.
@@ -77,7 +77,8 @@ void decode_panel_of_transpose(const QuantizedView& weight, int64_t d0, int64_t 
 
 /// B = W: panel[d][c] = W[d0 + d][c0 + c]; columns past the last of W are zeros.
 template <class V>
-void decode_panel(const QuantizedView& weight, int64_t d0, int64_t depth, int64_t c0, float* panel) {
+void decode_panel(const QuantizedView& weight, int64_t d0, int64_t depth, int64_t c0,
+                  float* panel) {
   constexpr int64_t kColumns = V::kGemmVectors * V::kWidth;
   const int64_t columns = std::min(kColumns, weight.cols - c0);
   // decode_run may write past a row: into the next one, which comes later, or the panel's padding.

@@ -17,17 +17,21 @@
 namespace qlora_native::cpu {
 namespace {
 
-constexpr int kMaxTileM = 4;                 ///< rows of X in a register tile
-constexpr int64_t kMaxSegmentBlocks = 64;    ///< blocks of a row whose scales are decoded at a time
+constexpr int kMaxTileM = 4;               ///< rows of X in a register tile
+constexpr int64_t kMaxSegmentBlocks = 64;  ///< blocks of a row whose scales are decoded at a time
 
 /// Calls fn(integral_constant<int, rows>), 1 <= rows <= kMaxTileM.
 template <class Fn>
 void with_constant_rows(int64_t rows, Fn&& fn) {
   switch (rows) {
-    case 1: return fn(std::integral_constant<int, 1>{});
-    case 2: return fn(std::integral_constant<int, 2>{});
-    case 3: return fn(std::integral_constant<int, 3>{});
-    default: return fn(std::integral_constant<int, kMaxTileM>{});
+    case 1:
+      return fn(std::integral_constant<int, 1>{});
+    case 2:
+      return fn(std::integral_constant<int, 2>{});
+    case 3:
+      return fn(std::integral_constant<int, 3>{});
+    default:
+      return fn(std::integral_constant<int, kMaxTileM>{});
   }
 }
 
@@ -116,7 +120,8 @@ void gemv_tile(const MatmulArgs& args, int64_t m0, int64_t n0, const float* x) {
   float sums[kM][kN];
   dot_rows<V, kM, kN>(args.weight, n0, x + m0 * args.weight.cols, sums);
   for (int n = 0; n < kN; ++n) {
-    const float bias = args.bias.data ? load_element(args.bias.data, n0 + n, args.bias.dtype) : 0.0f;
+    const float bias =
+        args.bias.data ? load_element(args.bias.data, n0 + n, args.bias.dtype) : 0.0f;
     for (int m = 0; m < kM; ++m) {
       store_element(args.y.data, (m0 + m) * args.y.row_stride + n0 + n, args.y.dtype,
                     sums[m][n] + bias);
@@ -127,9 +132,8 @@ void gemv_tile(const MatmulArgs& args, int64_t m0, int64_t n0, const float* x) {
 /// Rows [n0, n0 + kN) of W with every row of X.
 template <class V, int kN>
 void gemv_rows(const MatmulArgs& args, int64_t n0, const float* x) {
-  for_each_row_tile(args.x.rows, [&](int64_t m0, auto rows) {
-    gemv_tile<V, rows.value, kN>(args, m0, n0, x);
-  });
+  for_each_row_tile(args.x.rows,
+                    [&](int64_t m0, auto rows) { gemv_tile<V, rows.value, kN>(args, m0, n0, x); });
 }
 
 template <class V>
@@ -238,8 +242,8 @@ void gather_rows(const MatrixView& dy, int64_t m0, float* out) {
 }
 
 template <class V, int kM>
-void gemv_transposed_columns(const MatmulTransposedArgs& args, int64_t m0, int64_t first, int64_t last,
-                             const float* dy) {
+void gemv_transposed_columns(const MatmulTransposedArgs& args, int64_t m0, int64_t first,
+                             int64_t last, const float* dy) {
   // Blocks of 32 hold one unit of AVX-512.
   constexpr int kStep = 2;
   for (int64_t c = first; c < last; c += kTransposedColumns) {

@@ -14,7 +14,8 @@ namespace qlora_native::cpu {
 // ---- quantize ----
 
 /// Writes the codes of blocks [first, last) to args.output.packed and their absmax to absmax[first..last).
-using EncodeBlocksFn = void (*)(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);
+using EncodeBlocksFn = void (*)(const QuantizeArgs& args, int64_t first, int64_t last,
+                                float* absmax);
 void encode_blocks_scalar(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);
 void encode_blocks_avx2(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);
 void encode_blocks_avx512(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);

@@ -28,7 +28,8 @@ void matmul_scalar(const MatmulArgs& args, Workspace) {
           decode_elements(args.weight, n * k_size + k0, count, w);
           for (int64_t m = 0; m < rows; ++m) {
             const int64_t row = (m0 + m) * x.row_stride + k0;
-            for (int64_t k = 0; k < count; ++k) sums[m] += load_element(x.data, row + k, x.dtype) * w[k];
+            for (int64_t k = 0; k < count; ++k)
+              sums[m] += load_element(x.data, row + k, x.dtype) * w[k];
           }
         }
         const float bias = args.bias.data ? load_element(args.bias.data, n, args.bias.dtype) : 0.0f;

@@ -22,7 +22,8 @@ int hardware_threads() {
   // The affinity mask, unlike hardware_concurrency(), counts only what a container or taskset leaves.
   cpu_set_t mask;
   CPU_ZERO(&mask);
-  if (sched_getaffinity(0, sizeof(mask), &mask) == 0 && CPU_COUNT(&mask) > 0) return CPU_COUNT(&mask);
+  if (sched_getaffinity(0, sizeof(mask), &mask) == 0 && CPU_COUNT(&mask) > 0)
+    return CPU_COUNT(&mask);
 #endif
   const unsigned threads = std::thread::hardware_concurrency();
   return threads > 0 ? static_cast<int>(threads) : 1;
@@ -44,7 +45,8 @@ int cpu_threads() noexcept { return thread_setting().load(std::memory_order_rela
 
 void set_cpu_threads(int threads) {
   if (threads < 1) {
-    throw InvalidArgument("set_cpu_threads: " + std::to_string(threads) + " threads, expected 1 or more");
+    throw InvalidArgument("set_cpu_threads: " + std::to_string(threads) +
+                          " threads, expected 1 or more");
   }
   thread_setting().store(threads, std::memory_order_relaxed);
 }

@@ -39,7 +39,8 @@ void encode_blocks_scalar(const QuantizeArgs& args, int64_t first, int64_t last,
       if (e >= end || !has_codes) return out.codebook.zero_code;
       return encode_4bit(out.codebook, load_element(args.input.data, e, dtype) * reciprocal);
     };
-    for (int64_t e = begin; e < end; e += 2) out.packed[e / 2] = pack_nibbles(encode(e), encode(e + 1));
+    for (int64_t e = begin; e < end; e += 2)
+      out.packed[e / 2] = pack_nibbles(encode(e), encode(e + 1));
   }
 }
 

@@ -81,8 +81,8 @@ struct QuantizeAvx512 {
         const __m512i bits = _mm512_loadu_si512(element_address(data, i, kType));
         largest = _mm512_max_epu16(largest, _mm512_and_si512(bits, magnitude));
       }
-      const __m256i of16 = _mm256_max_epu16(_mm512_castsi512_si256(largest),
-                                            _mm512_extracti64x4_epi64(largest, 1));
+      const __m256i of16 =
+          _mm256_max_epu16(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1));
       const __m128i of8 =
           _mm_max_epu16(_mm256_castsi256_si128(of16), _mm256_extracti128_si256(of16, 1));
       // The one horizontal instruction there is finds a minimum.

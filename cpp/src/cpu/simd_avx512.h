@@ -48,8 +48,8 @@ struct Avx512 {
   /// Thirty-two weights from 16 bytes: those at even positions, and those at odd ones. A permute
   /// looks at the low four bits of an index only, so neither nibble is masked.
   static void decode_pairs(const uint8_t* packed, Table table, Floats* even, Floats* odd) {
-    const __m512i bytes =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(packed))));
+    const __m512i bytes = _mm512_cvtepu8_epi32(
+        _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(packed))));
     *even = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
     *odd = _mm512_permutexvar_ps(bytes, table);
   }

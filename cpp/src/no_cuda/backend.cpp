@@ -11,7 +11,8 @@ const Backend& backend() {
       .matmul = {},
       .matmul_transposed = {},
       .list_devices = [] { return std::vector<DeviceInfo>{}; },
-      .unavailable_reason = [] { return std::string("this build of qlora_native has no CUDA backend"); },
+      .unavailable_reason =
+          [] { return std::string("this build of qlora_native has no CUDA backend"); },
   };
   return backend;
 }

@@ -21,8 +21,9 @@ class DeviceArray {
  public:
   DeviceArray(Device device, int64_t size) : device_(device), size_(size) {
     const std::vector<uint8_t> poison(static_cast<size_t>(total_bytes()), kPoison);
-    base_ = static_cast<uint8_t*>(device.is_cuda() ? cuda_allocate(total_bytes())
-                                                   : std::aligned_alloc(kGuardBytes, aligned_total()));
+    base_ =
+        static_cast<uint8_t*>(device.is_cuda() ? cuda_allocate(total_bytes())
+                                               : std::aligned_alloc(kGuardBytes, aligned_total()));
     if (base_ == nullptr) throw std::bad_alloc();
     copy(base_, poison.data(), total_bytes());
   }

@@ -14,8 +14,9 @@ std::vector<Device> test_devices() {
   if (cuda_available()) {
     devices.push_back(Device::cuda(0));
   } else if (std::getenv("QLORA_NATIVE_REQUIRE_CUDA") != nullptr) {
-    throw std::runtime_error("QLORA_NATIVE_REQUIRE_CUDA is set, but these tests see no CUDA device: " +
-                             cuda_unavailable_reason());
+    throw std::runtime_error(
+        "QLORA_NATIVE_REQUIRE_CUDA is set, but these tests see no CUDA device: " +
+        cuda_unavailable_reason());
   }
   return devices;
 }
@@ -28,7 +29,8 @@ std::vector<std::string> usable_kernels(Op op, Device device) {
   return names;
 }
 
-ForcedKernel::ForcedKernel(Op op, DeviceType device, const std::string& name) : op_(op), device_(device) {
+ForcedKernel::ForcedKernel(Op op, DeviceType device, const std::string& name)
+    : op_(op), device_(device) {
   force_kernel(op, device, name);
 }
 
@@ -47,7 +49,8 @@ std::vector<std::string> for_each_kernel(Op op, Device device, const std::functi
     EXPECT_EQ(last_kernel(op), kernel);
     ran.push_back(kernel);
   }
-  EXPECT_FALSE(ran.empty()) << "no kernel of " << name(op) << " took the case on " << to_string(device);
+  EXPECT_FALSE(ran.empty()) << "no kernel of " << name(op) << " took the case on "
+                            << to_string(device);
   SCOPED_TRACE(std::string(name(op)) + " on " + to_string(device) + ", automatic choice");
   body();
   return ran;

@@ -49,7 +49,8 @@ uint32_t to_bits(DType dtype, double x) {
   const auto mantissa = static_cast<uint32_t>(std::ldexp(value, f.mantissa_bits - exponent));
   const uint32_t implicit_one = 1u << f.mantissa_bits;
   if (mantissa < implicit_one) return sign | mantissa;  // subnormal
-  return sign | static_cast<uint32_t>(exponent + f.bias) << f.mantissa_bits | (mantissa - implicit_one);
+  return sign | static_cast<uint32_t>(exponent + f.bias) << f.mantissa_bits |
+         (mantissa - implicit_one);
 }
 
 double from_bits(DType dtype, uint32_t bits) {

@@ -61,8 +61,10 @@ uint8_t nearest_dynamic_entry(float x) {
   int best = 0;
   for (int i = 1; i < 256; ++i) {
     // Differences of floats of similar size are exact in long double; it has 64 bits.
-    const long double current = std::fabs(static_cast<long double>(x) - kSignedDynamicMap.values[i]);
-    const long double least = std::fabs(static_cast<long double>(x) - kSignedDynamicMap.values[best]);
+    const long double current =
+        std::fabs(static_cast<long double>(x) - kSignedDynamicMap.values[i]);
+    const long double least =
+        std::fabs(static_cast<long double>(x) - kSignedDynamicMap.values[best]);
     if (current < least) best = i;
   }
   return static_cast<uint8_t>(best);
@@ -101,7 +103,8 @@ float reference_scale(const HostWeight& weight, int64_t block) {
 }
 
 template <class T>
-void expect_same_array(const std::vector<T>& actual, const std::vector<T>& expected, const char* what) {
+void expect_same_array(const std::vector<T>& actual, const std::vector<T>& expected,
+                       const char* what) {
   ASSERT_EQ(actual.size(), expected.size()) << what;
   for (size_t i = 0; i < actual.size(); ++i) {
     if (std::memcmp(&actual[i], &expected[i], sizeof(T)) != 0) {
@@ -113,8 +116,8 @@ void expect_same_array(const std::vector<T>& actual, const std::vector<T>& expec
 }  // namespace
 
 Codebook uneven_codebook() {
-  return make_custom_codebook({-1.0f, -0.83f, -0.61f, -0.47f, -0.31f, -0.2f, -0.11f, -0.04f, 0.02f, 0.09f,
-                               0.17f, 0.29f, 0.4f, 0.58f, 0.77f, 0.95f});
+  return make_custom_codebook({-1.0f, -0.83f, -0.61f, -0.47f, -0.31f, -0.2f, -0.11f, -0.04f, 0.02f,
+                               0.09f, 0.17f, 0.29f, 0.4f, 0.58f, 0.77f, 0.95f});
 }
 
 std::ostream& operator<<(std::ostream& out, const WeightSpec& spec) {
@@ -210,13 +213,14 @@ MutableQuantizedView DeviceWeight::mutable_view() {
   } else {
     absmax.values = absmax_.data();
   }
-  return {packed_.data(), absmax, spec_.rows, spec_.cols, spec_.block_size, spec_.codebook, device_};
+  return {packed_.data(),   absmax,         spec_.rows, spec_.cols,
+          spec_.block_size, spec_.codebook, device_};
 }
 
 QuantizedView DeviceWeight::view() {
   const MutableQuantizedView v = mutable_view();
-  return {v.packed, {v.absmax.values, v.absmax.codes, v.absmax.absmax2, v.absmax.offset},
-          v.rows,   v.cols,
+  return {v.packed,     {v.absmax.values, v.absmax.codes, v.absmax.absmax2, v.absmax.offset},
+          v.rows,       v.cols,
           v.block_size, v.codebook,
           v.device};
 }
