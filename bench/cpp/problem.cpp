@@ -12,8 +12,8 @@ constexpr int64_t kBlockSize = 64;
 constexpr qn::DType kDType = qn::DType::kBFloat16;
 constexpr int64_t kElemBytes = qn::size_bytes(kDType);
 
-/// Bell-shaped values as bf16: the sum of four uniform numbers. Codes must be as varied as a trained
-/// weight's, since lookups of equal codes are faster on a GPU.
+/// Bell-shaped values as bf16: the sum of four uniform numbers. Codes must be as varied as a
+/// trained weight's, since lookups of equal codes are faster on a GPU.
 std::vector<uint16_t> random_values(int64_t count, float scale, uint64_t seed) {
   std::vector<uint16_t> values(static_cast<size_t>(count));
   uint64_t state = seed * 0x9E3779B97F4A7C15u + 1;

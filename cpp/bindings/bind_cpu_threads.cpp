@@ -14,12 +14,14 @@ namespace qn = qlora_native;
 
 namespace {
 
-/// What a compiler emits for `#pragma omp parallel`; libgomp's, which LLVM's and Intel's runtimes export too.
+/// What a compiler emits for `#pragma omp parallel`; libgomp's, which LLVM's and Intel's runtimes
+/// export too.
 using GompParallel = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 std::atomic<GompParallel> g_gomp_parallel{nullptr};
 
 bool use_openmp(const std::string& library) {
-  // NOLOAD: only a runtime that the process has loaded already is worth sharing. The handle is kept.
+  // NOLOAD: only a runtime that the process has loaded already is worth sharing. The handle is
+  // kept.
   void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (handle == nullptr) return false;
   const auto parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));

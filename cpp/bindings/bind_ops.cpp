@@ -52,7 +52,8 @@ qn::Codebook custom_codebook(const std::array<float, 16>& values) {
   return qn::make_custom_codebook(raw);
 }
 
-/// Where the parts of a 4-bit weight lie; what every operation takes. Made for one call: it owns nothing.
+/// Where the parts of a 4-bit weight lie; what every operation takes. Made for one call: it owns
+/// nothing.
 qn::MutableQuantizedView weight_view(uintptr_t packed, uintptr_t absmax, uintptr_t absmax2,
                                      uintptr_t offset, bool double_quant, int64_t rows,
                                      int64_t cols, int64_t block_size, const qn::Codebook& codebook,
@@ -112,8 +113,8 @@ qn::MatmulTransposedArgs matmul_transposed_args(const qn::MutableQuantizedView& 
           .dx = {pointer(dx), m, weight.cols, weight.cols, type, weight.device}};
 }
 
-/// What a caller with a dense GEMM at hand needs to know before a matmul: -1 when that GEMM over the
-/// dequantized weight is faster, else the workspace bytes of our kernel.
+/// What a caller with a dense GEMM at hand needs to know before a matmul: -1 when that GEMM over
+/// the dequantized weight is faster, else the workspace bytes of our kernel.
 constexpr int64_t kPreferDense = -1;
 
 void bind_codebooks(nb::module_& m) {

@@ -1,4 +1,5 @@
-// The extension module: exceptions, build facts, devices. Operations and kernels are in their own files.
+// The extension module: exceptions, build facts, devices. Operations and kernels are in their own
+// files.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

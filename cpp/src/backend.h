@@ -1,4 +1,5 @@
-// What a device type brings: its kernels and its devices. The operations see backends only through this.
+// What a device type brings: its kernels and its devices. The operations see backends only through
+// this.
 #pragma once
 
 #include <string>

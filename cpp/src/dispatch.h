@@ -14,8 +14,8 @@ void record_last_kernel(Op op, const char* kernel_name);
 /// The forced kernel, or null. In registry.cpp.
 const char* forced_kernel_name(Op op, DeviceType device);
 
-/// The first kernel that runs on the device, is right for `args` and is the measured choice for them;
-/// or the forced one. Throws Unsupported, naming every kernel and why it declined.
+/// The first kernel that runs on the device, is right for `args` and is the measured choice for
+/// them; or the forced one. Throws Unsupported, naming every kernel and why it declined.
 template <class Args>
 const KernelEntry<Args>& select_kernel(const Args& args) {
   using Traits = OpTraits<Args>;

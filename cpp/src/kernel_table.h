@@ -20,12 +20,14 @@ struct KernelEntry {
   bool (*usable)(Device device, std::string* why_not);
   /// Whether the kernel gives the right answer for these arguments. Null: always.
   bool (*supports)(const Args& args, std::string* why_not) = nullptr;
-  /// Whether it is also a good choice for them, by measurement. Null: always. A forced kernel is not asked.
+  /// Whether it is also a good choice for them, by measurement. Null: always. A forced kernel is
+  /// not asked.
   bool (*prefers)(const Args& args) = nullptr;
   /// Scratch it needs. Null: none.
   int64_t (*workspace_bytes)(const Args& args) = nullptr;
   void (*run)(const Args& args, Workspace workspace, Stream stream) = nullptr;
-  /// A plain matmul: a tuned dense library over the dequantized weight beats it (matmul.h, *_prefers_dense).
+  /// A plain matmul: a tuned dense library over the dequantized weight beats it (matmul.h,
+  /// *_prefers_dense).
   bool dense_is_faster = false;
 };
 

@@ -1,4 +1,5 @@
-// How the CUDA products are cut into thread blocks. Host arithmetic: needs no GPU and no CUDA build.
+// How the CUDA products are cut into thread blocks. Host arithmetic: needs no GPU and no CUDA
+// build.
 #include <gtest/gtest.h>
 
 #include <cstdint>

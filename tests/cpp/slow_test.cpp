@@ -1,4 +1,5 @@
-// More than 2^31 elements. Needs 12 GB of memory and some minutes: run with QLORA_NATIVE_SLOW_TESTS=1.
+// More than 2^31 elements. Needs 12 GB of memory and some minutes: run with
+// QLORA_NATIVE_SLOW_TESTS=1.
 #include <gtest/gtest.h>
 
 #include <cstdlib>

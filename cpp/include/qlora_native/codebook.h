@@ -102,7 +102,8 @@ constexpr Codebook fp4_codebook() {
   return book;
 }
 
-/// INT4: code c stands for (c - 8) / 7. Values scaled to [-1, 1] use -7..7; code 0 is never produced.
+/// INT4: code c stands for (c - 8) / 7. Values scaled to [-1, 1] use -7..7; code 0 is never
+/// produced.
 constexpr Codebook int4_codebook() {
   float values[16] = {};
   for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i - 8) / 7.0f;
@@ -127,7 +128,7 @@ constexpr uint8_t encode_4bit(const Codebook& book, float x) {
   return book.code_of_rank[rank];
 }
 
-// ---- Dynamic 8-bit map (Dettmers, "8-bit Approximations for Parallelism in Deep Learning", 2015) ----
+// ---- Dynamic 8-bit map (Dettmers, "8-bit Approximations for Parallelism in Deep Learning") ----
 
 /// 256 values, ascending, and the points between them: rank(x) = number of points p with x > p is
 /// the nearest value, a tie going to the lower. A point is the exact midpoint rounded down to fp32,

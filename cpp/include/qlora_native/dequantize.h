@@ -13,8 +13,8 @@ struct DequantizeArgs {
   MutableVectorView output;  ///< weight.numel() elements in row-major order: fp32, fp16 or bf16
 };
 
-/// output[e] = round(codebook.values[code(e)] * absmax(block(e))), the product in fp32. Needs no workspace.
-/// Does not wait for `stream`; can be captured in a CUDA graph.
+/// output[e] = round(codebook.values[code(e)] * absmax(block(e))), the product in fp32.
+/// Needs no workspace. Does not wait for `stream`; can be captured in a CUDA graph.
 /// Throws InvalidArgument (before the output is touched), Unsupported, CudaError.
 QN_API void dequantize_4bit(const DequantizeArgs& args, Stream stream);
 

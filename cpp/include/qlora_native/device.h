@@ -38,23 +38,24 @@ struct DeviceInfo {
 /// driver means no CUDA device, and `cuda_unavailable_reason()` says why.
 QN_API std::vector<DeviceInfo> list_devices();
 
-/// Why there is no CUDA device ("built without CUDA", the driver's message, ...), or "" if there is one.
+/// Why there is no CUDA device ("built without CUDA", the driver's message, ...), or "" if there is
+/// one.
 QN_API std::string cuda_unavailable_reason();
 
-/// Number of threads that operations on the CPU use, the caller's included. Process-wide; thread-safe.
-/// Starts as the number of hardware threads this process may run on.
+/// Number of threads that operations on the CPU use, the caller's included. Process-wide;
+/// thread-safe. Starts as the number of hardware threads this process may run on.
 QN_API int cpu_threads() noexcept;
 
 /// Sets `cpu_threads()`. Throws InvalidArgument when `threads` < 1.
 QN_API void set_cpu_threads(int threads);
 
-/// Runs `body(context)` on up to `threads` threads at once, the caller's among them, and returns when
-/// every run is over. Fewer runs than asked for are fine, one too. `body` does not throw.
+/// Runs `body(context)` on up to `threads` threads at once, the caller's among them, and returns
+/// when every run is over. Fewer runs than asked for are fine, one too. `body` does not throw.
 using CpuExecutor = void (*)(int threads, void (*body)(void* context), void* context);
 
-/// From now on operations on the CPU run on the threads of `executor` (null: the library's own). For
-/// programs that have a thread pool already: two pools whose idle threads spin, as OpenMP's do, take
-/// the cores from each other. A forked child starts without one.
+/// From now on operations on the CPU run on the threads of `executor` (null: the library's own).
+/// For programs that have a thread pool already: two pools whose idle threads spin, as OpenMP's do,
+/// take the cores from each other. A forked child starts without one.
 QN_API void set_cpu_executor(CpuExecutor executor) noexcept;
 
 }  // namespace qlora_native

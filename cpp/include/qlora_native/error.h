@@ -26,7 +26,8 @@ class QN_API OutOfMemory : public Error {
   using Error::Error;
 };
 
-/// No kernel of this build runs the problem on this device; the message names each and why it declined.
+/// No kernel of this build runs the problem on this device; the message names each and why it
+/// declined.
 class QN_API Unsupported : public Error {
  public:
   using Error::Error;

@@ -28,12 +28,14 @@ struct KernelInfo {
   std::string why_not;  ///< when not usable
 };
 
-/// Every kernel of this build, in the order in which they are tried. Never throws for lack of a GPU.
+/// Every kernel of this build, in the order in which they are tried. Never throws for lack of a
+/// GPU.
 QN_API std::vector<KernelInfo> list_kernels();
 
-/// From now on, in the whole process, `op` on devices of type `device` runs the kernel `kernel_name`
-/// or throws Unsupported; an empty name restores the automatic choice. For tests and measurements.
-/// Throws InvalidArgument, listing the kernels there are, when there is none of that name.
+/// From now on, in the whole process, `op` on devices of type `device` runs the kernel
+/// `kernel_name` or throws Unsupported; an empty name restores the automatic choice. For tests and
+/// measurements. Throws InvalidArgument, listing the kernels there are, when there is none of that
+/// name.
 QN_API void force_kernel(Op op, DeviceType device, const std::string& kernel_name);
 
 /// The name in force, "" for the automatic choice.

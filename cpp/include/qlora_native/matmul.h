@@ -19,8 +19,8 @@ struct MatmulArgs {
 QN_API int64_t matmul_4bit_workspace_bytes(const MatmulArgs& args);
 
 /// Y = X * W^T + bias. Accumulates in fp32, rounds to y's dtype once, after the bias is added.
-/// Deterministic: the same arguments give the same bits. M = 0 and N = 0 are allowed and do nothing;
-/// K = 0 gives the bias. Does not wait for `stream`; can be captured in a CUDA graph.
+/// Deterministic: the same arguments give the same bits. M = 0 and N = 0 are allowed and do
+/// nothing; K = 0 gives the bias. Does not wait for `stream`; can be captured in a CUDA graph.
 /// Throws InvalidArgument (before y is touched), Unsupported, CudaError.
 QN_API void matmul_4bit(const MatmulArgs& args, Workspace workspace, Stream stream);
 

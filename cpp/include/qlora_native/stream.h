@@ -5,8 +5,8 @@
 
 namespace qlora_native {
 
-/// A borrowed CUDA stream handle. It cannot be made from 0 or nullptr by accident: the legacy default
-/// stream, like the CPU's absent one, has to be asked for by name.
+/// A borrowed CUDA stream handle. It cannot be made from 0 or nullptr by accident: the legacy
+/// default stream, like the CPU's absent one, has to be asked for by name.
 class Stream {
  public:
   Stream() = delete;

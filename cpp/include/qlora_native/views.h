@@ -25,7 +25,8 @@ struct MutableVectorView {
   Device device;
 };
 
-/// Row-major `rows` x `cols`; row r starts at element `r * row_stride`; elements of a row are contiguous.
+/// Row-major `rows` x `cols`; row r starts at element `r * row_stride`; elements of a row are
+/// contiguous.
 struct MatrixView {
   const void* data = nullptr;
   int64_t rows = 0;
@@ -44,7 +45,8 @@ struct MutableMatrixView {
   Device device;
 };
 
-/// Scratch memory that the caller lends for one call, on the operation's device, aligned to 256 bytes.
+/// Scratch memory that the caller lends for one call, on the operation's device, aligned to 256
+/// bytes.
 /// `<op>_workspace_bytes` says how much an operation needs; nothing in it outlives the call.
 struct Workspace {
   void* data = nullptr;

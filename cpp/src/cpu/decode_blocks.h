@@ -1,6 +1,6 @@
-// The loop over blocks of the vector dequantize kernels. A block has only sixteen values, so those are
-// scaled and rounded once, and every element is a table lookup: the result of element-wise arithmetic
-// for a fraction of its work. `Isa` brings
+// The loop over blocks of the vector dequantize kernels. A block has only sixteen values, so those
+// are scaled and rounded once, and every element is a table lookup: the result of element-wise
+// arithmetic for a fraction of its work. `Isa` brings
 //   template <DType> class BlockTable { BlockTable(const float* values, float absmax);
 //                                       void decode32(const uint8_t* packed, void* out) const; };
 // In an unnamed namespace for the reason given in element.h.

@@ -1,8 +1,9 @@
 // The second level of double quantization, shared by every quantize kernel.
 //
 // The offset is a sum of many values, so its last bits depend on the order. The order is fixed:
-//   stage 1: partial[g], g = group of 256 blocks, is the pairwise tree over 256 fp64 slots (a missing
-//            or non-finite absmax counts as 0): for stride 128, 64, ..., 1: slot[i] += slot[i + stride];
+//   stage 1: partial[g], g = group of 256 blocks, is the pairwise tree over 256 fp64 slots
+//            (a missing or non-finite absmax counts as 0):
+//            for stride 128, 64, ..., 1: slot[i] += slot[i + stride];
 //   stage 2: lane[j], j = 0..1023, is the sum of partial[j], partial[j + 1024], ... in this order;
 //            then the same tree over the 1024 lanes, from stride 512;
 //   offset = float(total / number of finite values).
@@ -63,8 +64,8 @@ float mean_absmax(const float* absmax, int64_t blocks, double* partials) {
                                          static_cast<double>(count));
 }
 
-/// Where to start looking for the nearest entry: floats are sorted into buckets by sign, exponent and
-/// the top six bits of the mantissa, each narrow enough to hold at most one decision point.
+/// Where to start looking for the nearest entry: floats are sorted into buckets by sign, exponent
+/// and the top six bits of the mantissa, each narrow enough to hold at most one decision point.
 struct StartingRanks {
   static constexpr int kShift = 17;                    ///< leaves six bits of the mantissa
   static constexpr int32_t kLowest = (127 - 20) << 6;  ///< 2^-20: all below share a bucket

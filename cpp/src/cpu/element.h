@@ -2,7 +2,8 @@
 // reference kernels are made of these, and the vector kernels use them for odd ends.
 //
 // Everything here is in an unnamed namespace on purpose: this header is compiled with and without
-// AVX flags, and the linker would merge ordinary inline functions and might keep an AVX one for all.
+// AVX flags, and the linker would merge ordinary inline functions and might keep an AVX one for
+// all.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,8 @@
 // The loop over blocks of the vector quantize kernels. `Isa` brings
 //   template <DType> static float largest_magnitude(const void* data, int64_t count);
 //   class Encoder { explicit Encoder(const Codebook&);
-//                   template <DType> void encode32(const void* data, float factor, uint8_t* packed) const; };
+//                   template <DType>
+//                   void encode32(const void* data, float factor, uint8_t* packed) const; };
 // In an unnamed namespace for the reason given in element.h.
 #pragma once
 

@@ -1,10 +1,10 @@
-// Products with many rows, over a vector vocabulary `V`: out[M, C] = A[M, D] * B[D, C], where A is X or
-// dY, and B is W^T or W. In an unnamed namespace for the reason given in element.h.
+// Products with many rows, over a vector vocabulary `V`: out[M, C] = A[M, D] * B[D, C], where A is
+// X or dY, and B is W^T or W. In an unnamed namespace for the reason given in element.h.
 //
-//   A is converted to fp32 once, into the workspace, as tiles of `tile_rows` rows: [D][rows of tile].
-//   A task owns kPanelColumns columns of out. For every kMaxPassRows rows and every kPanelDepth of D
-//   it decodes a panel of B, [kPanelDepth][kPanelColumns] fp32, on its stack, and multiplies all tiles of A
-//   with it in registers, adding to sums that stay on its stack as well.
+//   A is converted to fp32 once, into the workspace, as tiles of `tile_rows` rows: [D][tile rows].
+//   A task owns kPanelColumns columns of out. For every kMaxPassRows rows and every
+//   kPanelDepth of D it decodes a panel of B, [kPanelDepth][kPanelColumns] fp32, on its stack, and
+//   multiplies all tiles of A with it in registers, adding to sums that stay on its stack as well.
 #pragma once
 
 #include <type_traits>
@@ -29,7 +29,8 @@ struct GemmProblem {
   MutableMatrixView out;  ///< [M, C]
 };
 
-/// Rows of a register tile: as many as fit, shared evenly, so that the last tile is nearly full too.
+/// Rows of a register tile: as many as fit, shared evenly, so that the last tile is nearly full
+/// too.
 template <class V>
 int64_t tile_rows(int64_t m_size) {
   const int64_t tiles = (m_size + V::kGemmRows - 1) / V::kGemmRows;
@@ -91,7 +92,8 @@ void decode_panel(const QuantizedView& weight, int64_t d0, int64_t depth, int64_
   }
 }
 
-/// sums[kRows][columns] += a[depth][kRows]^T * panel[depth][columns], columns = kGemmVectors vectors.
+/// sums[kRows][columns] += a[depth][kRows]^T * panel[depth][columns], columns = kGemmVectors
+/// vectors.
 template <class V, int kRows>
 void multiply_tile(const float* a, const float* panel, int64_t depth, float* sums) {
   using Floats = typename V::Floats;

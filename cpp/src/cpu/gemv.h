@@ -35,7 +35,8 @@ void with_constant_rows(int64_t rows, Fn&& fn) {
   }
 }
 
-/// Calls fn(m0, integral_constant<int, rows>) for tiles of at most kMaxTileM rows that cover [0, m_size).
+/// Calls fn(m0, integral_constant<int, rows>) for tiles of at most kMaxTileM rows that cover [0,
+/// m_size).
 template <class Fn>
 void for_each_row_tile(int64_t m_size, Fn&& fn) {
   for (int64_t m = 0; m < m_size; m += kMaxTileM) {
@@ -93,7 +94,8 @@ void dot_rows(const QuantizedView& weight, int64_t n0, const float* x, float (&s
           Floats even;
           Floats odd;
           V::decode_pairs(packed + n * row_bytes, table[n], &even, &odd);
-          // The next tile's rows: the hardware follows a row, but does not foresee where the next begins.
+          // The next tile's rows: the hardware follows a row, but does not foresee where the next
+          // begins.
           V::prefetch(packed + (kN + n) * row_bytes);
           for (int m = 0; m < kM; ++m) {
             const float* xm = x + m * k_size;

@@ -13,7 +13,8 @@ namespace qlora_native::cpu {
 
 // ---- quantize ----
 
-/// Writes the codes of blocks [first, last) to args.output.packed and their absmax to absmax[first..last).
+/// Writes the codes of blocks [first, last) to args.output.packed and their absmax to
+/// absmax[first..last).
 using EncodeBlocksFn = void (*)(const QuantizeArgs& args, int64_t first, int64_t last,
                                 float* absmax);
 void encode_blocks_scalar(const QuantizeArgs& args, int64_t first, int64_t last, float* absmax);
@@ -23,8 +24,8 @@ void encode_blocks_avx512(const QuantizeArgs& args, int64_t first, int64_t last,
 int64_t quantize_workspace_bytes(const QuantizeArgs& args);
 void run_quantize(const QuantizeArgs& args, Workspace workspace, EncodeBlocksFn encode);
 
-/// Offset, absmax2 and codes of absmax[0..blocks), see quantize_4bit. `partials` holds one double for
-/// each group.
+/// Offset, absmax2 and codes of absmax[0..blocks), see quantize_4bit. `partials` holds one double
+/// for each group.
 void double_quantize(const float* absmax, int64_t blocks, const float* pinned_offset,
                      const MutableAbsmax& out, double* partials);
 
@@ -38,7 +39,8 @@ void decode_blocks_avx512(const DequantizeArgs& args, int64_t first, int64_t las
 
 void run_dequantize(const DequantizeArgs& args, DecodeBlocksFn decode);
 
-/// Decodes elements [begin, begin + count) of the weight to fp32. The reference of every other decoder.
+/// Decodes elements [begin, begin + count) of the weight to fp32. The reference of every other
+/// decoder.
 void decode_elements(const QuantizedView& weight, int64_t begin, int64_t count, float* out);
 
 // ---- matmul, reference ----

@@ -19,7 +19,8 @@ namespace {
 
 int hardware_threads() {
 #if defined(__linux__)
-  // The affinity mask, unlike hardware_concurrency(), counts only what a container or taskset leaves.
+  // The affinity mask, unlike hardware_concurrency(), counts only what a container or taskset
+  // leaves.
   cpu_set_t mask;
   CPU_ZERO(&mask);
   if (sched_getaffinity(0, sizeof(mask), &mask) == 0 && CPU_COUNT(&mask) > 0)
@@ -127,9 +128,9 @@ class Job {
 };
 
 /// The library's own threads. One job at a time. The job is set while it is closed and no worker is
-/// inside it: a worker enters by raising `inside_` and then looking at `open_`, the caller leaves by
-/// clearing `open_` and then waiting for `inside_` to be 0, so one of the two always sees the other.
-/// A worker that wakes up late finds the job closed and costs the caller nothing.
+/// inside it: a worker enters by raising `inside_` and then looking at `open_`, the caller leaves
+/// by clearing `open_` and then waiting for `inside_` to be 0, so one of the two always sees the
+/// other. A worker that wakes up late finds the job closed and costs the caller nothing.
 class Pool {
  public:
   /// False, and nothing ran, when another thread uses the pool.

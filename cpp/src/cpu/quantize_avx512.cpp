@@ -7,8 +7,8 @@
 namespace qlora_native::cpu {
 namespace {
 
-/// Decision points arranged for the four steps of the bisection: table s holds, at index "rank found
-/// so far", the point to compare with next.
+/// Decision points arranged for the four steps of the bisection: table s holds, at index "rank
+/// found so far", the point to compare with next.
 class Encoder {
  public:
   explicit Encoder(const Codebook& book) {

@@ -1,5 +1,5 @@
-// AVX2 vocabulary of the matrix products: eight floats, and the sixteen table entries in two registers.
-// In an unnamed namespace for the reason given in element.h.
+// AVX2 vocabulary of the matrix products: eight floats, and the sixteen table entries in two
+// registers. In an unnamed namespace for the reason given in element.h.
 #pragma once
 
 #include <immintrin.h>
@@ -86,7 +86,8 @@ struct Avx2 {
     _mm256_storeu_ps(out + 8, _mm256_shuffle_ps(low, high, 0xdd));
   }
 
-  /// out[i] = map[codes[i]] * absmax2 + offset, two roundings. Writes up to the next multiple of 16.
+  /// out[i] = map[codes[i]] * absmax2 + offset, two roundings. Writes up to the next multiple
+  /// of 16.
   static void decode_absmax(const float* map, const uint8_t* codes, int64_t count, float absmax2,
                             float offset, float* out) {
     for (int64_t i = 0; i < count; ++i) {

@@ -1,5 +1,5 @@
-// AVX-512 vocabulary of the matrix products: sixteen floats, and sixteen table entries in a register.
-// In an unnamed namespace for the reason given in element.h.
+// AVX-512 vocabulary of the matrix products: sixteen floats, and sixteen table entries in a
+// register. In an unnamed namespace for the reason given in element.h.
 #pragma once
 
 #include <immintrin.h>
@@ -71,7 +71,8 @@ struct Avx512 {
     _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(first, odd, second));
   }
 
-  /// out[i] = map[codes[i]] * absmax2 + offset, two roundings. Writes up to the next multiple of 16.
+  /// out[i] = map[codes[i]] * absmax2 + offset, two roundings. Writes up to the next multiple
+  /// of 16.
   static void decode_absmax(const float* map, const uint8_t* codes, int64_t count, float absmax2,
                             float offset, float* out) {
     for (int64_t i = 0; i < count; i += 16) {

@@ -14,8 +14,8 @@
 
 namespace qlora_native::testing {
 
-/// `size` elements of T between two guard zones. Starts full of a poison that is a NaN in every float
-/// type, so that an element nobody wrote shows.
+/// `size` elements of T between two guard zones. Starts full of a poison that is a NaN in every
+/// float type, so that an element nobody wrote shows.
 template <class T>
 class DeviceArray {
  public:
@@ -95,7 +95,8 @@ class DeviceArray {
   uint8_t* base_ = nullptr;
 };
 
-/// A queue of its own on a GPU, so that work which went to another one by accident is not waited for.
+/// A queue of its own on a GPU, so that work which went to another one by accident is not waited
+/// for.
 class TestStream {
  public:
   explicit TestStream(Device device) : handle_(device.is_cuda() ? cuda_stream_create() : nullptr) {}

@@ -1,5 +1,5 @@
-// Memory of the device under test. The CUDA functions are in cuda_memory.cpp, or, in a build without
-// CUDA, in no_cuda_memory.cpp, where cuda_available() is false and the others throw.
+// Memory of the device under test. The CUDA functions are in cuda_memory.cpp, or, in a build
+// without CUDA, in no_cuda_memory.cpp, where cuda_available() is false and the others throw.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,8 @@ double round_to(DType dtype, double x);
 /// Half the distance between neighbours around 1: the largest relative rounding error.
 double unit_roundoff(DType dtype);
 
-/// The bits of round_to(dtype, x), in the low 16 or 32. Every NaN gives the quiet one without payload.
+/// The bits of round_to(dtype, x), in the low 16 or 32. Every NaN gives the quiet one without
+/// payload.
 uint32_t to_bits(DType dtype, double x);
 double from_bits(DType dtype, uint32_t bits);
 
