@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <sstream>
 #include <string>
 
 #include "backend.h"
@@ -22,7 +23,7 @@ const KernelEntry<Args>& select_kernel(const Args& args) {
   const Device device = Traits::device(args);
   const auto table = backend_for(device.type).*Traits::kTable;
   const char* const forced = forced_kernel_name(Traits::kOp, device.type);
-  std::string report;
+  std::ostringstream report;
   for (const KernelEntry<Args>& entry : table) {
     std::string why_not;
     if (forced && std::strcmp(forced, entry.name) != 0) continue;
@@ -33,12 +34,14 @@ const KernelEntry<Args>& select_kernel(const Args& args) {
     } else {
       return entry;
     }
-    report += std::string("\n  ") + entry.name + ": " + why_not;
+    report << "\n  " << entry.name << ": " << why_not;
   }
-  if (table.empty()) report = " " + backend_for(device.type).unavailable_reason();
-  throw Unsupported(std::string(name(Traits::kOp)) + ": no kernel on " + to_string(device) +
-                    (forced ? " (" + std::string(forced) + " is forced)" : "") +
-                    " takes this call:" + report);
+  if (table.empty()) report << ' ' << backend_for(device.type).unavailable_reason();
+  std::ostringstream message;
+  message << name(Traits::kOp) << ": no kernel on " << to_string(device);
+  if (forced) message << " (" << forced << " is forced)";
+  message << " takes this call:" << report.str();
+  throw Unsupported(message.str());
 }
 
 template <class Args>
@@ -52,9 +55,10 @@ void run_kernel(const Args& args, Workspace workspace, Stream stream) {
   const KernelEntry<Args>& entry = select_kernel(args);
   const int64_t needed = entry.workspace_bytes ? entry.workspace_bytes(args) : 0;
   if (workspace.size_bytes < needed || (needed > 0 && workspace.data == nullptr)) {
-    throw InvalidArgument(std::string(name(OpTraits<Args>::kOp)) + ": the workspace has " +
-                          std::to_string(workspace.size_bytes) + " bytes, " + entry.name +
-                          " needs " + std::to_string(needed));
+    std::ostringstream message;
+    message << name(OpTraits<Args>::kOp) << ": the workspace has " << workspace.size_bytes
+            << " bytes, " << entry.name << " needs " << needed;
+    throw InvalidArgument(message.str());
   }
   entry.run(args, workspace, stream);
   record_last_kernel(OpTraits<Args>::kOp, entry.name);
