@@ -38,8 +38,8 @@ class DemoSettings:
     learning_rate: float = 2e-3
     lora_r: int = 16
     max_topics: int | None = None
-    prompt: str = "The for statement is used to"
-    new_tokens: int = 80
+    prompt: str = "If a class defines"
+    new_tokens: int = 60
     max_quantization_cost: float = 0.1
     min_gain: float = 0.2
 
@@ -83,8 +83,8 @@ def run(settings: DemoSettings, folder: Path) -> dict:
         "--max-seq-length", settings.base.sequence, "--per-device-eval-batch-size", 8,
     )  # fmt: skip
     sample = (
-        "generate", "--model", base, "--prompt", settings.prompt, "--temperature", 0.6,
-        "--repetition-penalty", 1.15, "--max-new-tokens", settings.new_tokens,
+        "generate", "--model", base, "--prompt", settings.prompt, "--temperature", 0.4,
+        "--repetition-penalty", 1.2, "--max-new-tokens", settings.new_tokens,
     )  # fmt: skip
     dense = json.loads(qlora_native(folder, *measure, "--no-quantize"))["eval_loss"]
     before = qlora_native(folder, *sample)
