@@ -158,12 +158,15 @@ def test_out_of_memory_is_an_exception_and_leaves_the_library_usable():
     x = torch.randn(2048, k, device="cuda", dtype=torch.bfloat16)
     expected = qn.linear_4bit(x, q)
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    hog = torch.empty(free - 300 * 2**20, dtype=torch.uint8, device="cuda")
-    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"Tried to allocate 512\.00 MiB"):
-        qn.linear_4bit(x, q)
-    del hog
-    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + 300 * 2**20
+    torch.cuda.set_per_process_memory_fraction(
+        allowed / torch.cuda.get_device_properties(0).total_memory
+    )
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError, match=r"Tried to allocate 512\.00 MiB"):
+            qn.linear_4bit(x, q)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(qn.linear_4bit(x, q), expected)
 
 
