@@ -7,6 +7,7 @@ with it, and passes opcheck, compiles and exports all the same.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,8 +33,14 @@ _LIBRARY.define(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor")
 _threads.share_torch_threads()
 
 _DENSE_PANEL_BYTES = 8 << 20
-"""On a CPU the dense path decodes the weight in row panels of about this size: a buffer that the
-allocator gives back and takes again without page faults, and that stays in the caches."""
+"""On a CPU the dense forward decodes the weight in row panels of about this size: they stay in the
+caches, and need little memory."""
+
+_SCRATCH_BYTES = 64 << 20
+"""Each thread keeps at most this much memory for dense weights on a CPU. Fresh memory costs four
+times the decoding in page faults: glibc gives large blocks back to the system at once."""
+
+_thread = threading.local()
 
 
 def _device_code(device: torch.device) -> int:
@@ -89,40 +96,65 @@ class _Weight:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the dense matrix."""
-        out = torch.empty(self.rows, self.cols, dtype=dtype, device=self.device)
+        return self._dequantize_to(
+            torch.empty(self.rows, self.cols, dtype=dtype, device=self.device)
+        )
+
+    def _dequantize_to(self, out: torch.Tensor) -> torch.Tensor:
         _C.dequantize_4bit(
             self.view,
             output=out.data_ptr(),
-            dtype=_checks.FLOAT_DTYPES[dtype],
+            dtype=_checks.FLOAT_DTYPES[out.dtype],
             stream=_stream_and_threads(self.device),
         )
         return out
 
-    def row_panels(self, dtype: torch.dtype) -> Iterator[tuple[int, _Weight]]:
-        """Yield (first row, panel) where every panel starts at a group's (or block's) boundary."""
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the dense matrix, on a CPU in scratch memory that the next call may overwrite."""
+        if self.device.type != "cpu":
+            return self.dequantize(dtype)
+        buffer = _cpu_scratch(self.rows * self.cols, dtype)
+        return self._dequantize_to(buffer.view(self.rows, self.cols))
+
+    def dense_panels(self, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first row, dense rows) over the whole matrix, which is one panel on a GPU.
+
+        The rows are in a buffer that the next panel overwrites. Panels start at a group's (or a
+        block's) boundary.
+        """
         packed, absmax, absmax2, offset = self.parts
         unit = self.block_size * (_C.GROUP_SIZE if offset is not None else 1)
         step = unit // math.gcd(unit, self.cols)
         step *= max(1, _DENSE_PANEL_BYTES // (step * self.cols * dtype.itemsize))
         if self.device.type != "cpu" or step >= self.rows:
-            yield 0, self
+            yield 0, self.dense(dtype)
             return
+        buffer = _cpu_scratch(step * self.cols, dtype).view(step, self.cols)
         for first in range(0, self.rows, step):
             rows = min(step, self.rows - first)
             begin, numel = first * self.cols, rows * self.cols
             blocks = slice(begin // self.block_size, None)
-            yield (
-                first,
-                _Weight(
-                    packed.view(-1)[begin // 2 : begin // 2 + _checks.packed_bytes(numel)],
-                    absmax.view(-1)[blocks],
-                    None if absmax2 is None else absmax2[begin // unit :],
-                    offset,
-                    (rows, self.cols),
-                    self.block_size,
-                    self.codebook,
-                ),
+            panel = _Weight(
+                packed.view(-1)[begin // 2 : begin // 2 + _checks.packed_bytes(numel)],
+                absmax.view(-1)[blocks],
+                None if absmax2 is None else absmax2[begin // unit :],
+                offset,
+                (rows, self.cols),
+                self.block_size,
+                self.codebook,
             )
+            yield first, panel._dequantize_to(buffer[:rows])
+
+
+def _cpu_scratch(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return `numel` elements of memory that the calling thread will use again."""
+    size_bytes = numel * dtype.itemsize
+    if size_bytes > _SCRATCH_BYTES:
+        return torch.empty(numel, dtype=dtype)
+    kept = getattr(_thread, "scratch", None)
+    if kept is None or kept.numel() < size_bytes:
+        kept = _thread.scratch = torch.empty(size_bytes, dtype=torch.uint8)
+    return kept[:size_bytes].view(dtype)
 
 
 def _check_parts(
@@ -289,16 +321,16 @@ def _linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> tor
 def _dense_linear(
     x: torch.Tensor, bias: torch.Tensor | None, weight: _Weight, y: torch.Tensor
 ) -> None:
-    for first, panel in weight.row_panels(x.dtype):
-        dense = panel.dequantize(x.dtype)
-        if dense.shape[0] == weight.rows:
+    for first, dense in weight.dense_panels(x.dtype):
+        rows = dense.shape[0]
+        if rows == weight.rows:
             if bias is None:
                 torch.mm(x, dense.t(), out=y)
             else:
                 torch.addmm(bias, x, dense.t(), out=y)
         else:
-            part = None if bias is None else bias[first : first + panel.rows]
-            y[:, first : first + panel.rows] = torch.nn.functional.linear(x, dense, part)
+            part = None if bias is None else bias[first : first + rows]
+            y[:, first : first + rows] = torch.nn.functional.linear(x, dense, part)
 
 
 def _linear_4bit_fake(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
@@ -325,7 +357,7 @@ def _linear_4bit_dx(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
         plan = _C.matmul_4bit_transposed_plan(weight.view, **arguments)
         if plan == _C.PREFER_DENSE:
             # One contraction over all of N: summing panels would round dX once a panel.
-            torch.mm(rows, weight.dequantize(dy.dtype), out=dx)
+            torch.mm(rows, weight.dense(dy.dtype), out=dx)
         else:
             workspace = _workspace(plan, dy.device)
             _C.matmul_4bit_transposed(
