@@ -225,6 +225,8 @@ def test_doctor_tells_what_can_be_used():
     assert findings["devices"][0]["device"] == "cpu"
     assert findings["versions"]["torch"] == torch.__version__
     assert findings["cuda"]["usable"] == (findings["cuda"]["why_not"] is None)
+    listed = any(device["device"].startswith("cuda") for device in findings["devices"])
+    assert findings["cuda"]["library_sees_gpu"] == listed
     assert {kernel["op"] for kernel in findings["kernels"]} >= {"quantize_4bit", "matmul_4bit"}
     assert all(kernel["usable"] or kernel["why_not"] for kernel in findings["kernels"])
     assert run_cli("doctor").code == 0

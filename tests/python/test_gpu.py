@@ -178,6 +178,15 @@ def test_devices_are_listed():
     assert any(k.usable for k in qn.kernels.list("matmul_4bit") if k.device == "cuda")
 
 
+def test_doctor_sees_the_gpu():
+    pytest.importorskip("typer")
+    from qlora_native.cli.doctor import examine
+
+    findings = examine()
+    assert findings["problems"] == []
+    assert findings["cuda"]["library_sees_gpu"] and findings["cuda"]["usable"]
+
+
 def test_a_layer_moves_and_trains():
     linear = torch.nn.Linear(256, 128)
     cpu = qn.nn.Linear4bit.from_linear(linear)

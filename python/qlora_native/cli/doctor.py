@@ -51,7 +51,7 @@ def examine() -> dict[str, Any]:
         ],
         "cuda": {
             "torch_sees_gpu": torch.cuda.is_available(),
-            "library_sees_gpu": qn.cuda_unavailable_reason() is None,
+            "library_sees_gpu": not qn.cuda_unavailable_reason(),
             "usable": cuda_obstacle() is None,
             "why_not": cuda_obstacle(),
         },
