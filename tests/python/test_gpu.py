@@ -195,7 +195,8 @@ def test_devices_are_listed():
 
 
 def test_doctor_sees_the_gpu():
-    pytest.importorskip("typer")
+    for module in ("datasets", "typer"):
+        pytest.importorskip(module)
     from qlora_native.cli.doctor import examine
 
     findings = examine()
