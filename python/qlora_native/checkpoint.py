@@ -14,10 +14,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -92,6 +91,7 @@ def save_adapter(
         raise FileExistsError(f"{folder} already holds {existing}; pass overwrite=True to replace")
     config = _config_of(model, layers, adapter_name, base_model_name_or_path)
     tensors = _adapter_tensors(model, layers, adapter_name)
+    safetensors = _safetensors()
     folder.mkdir(parents=True, exist_ok=True)
     with (
         atomic_write(folder / CONFIG_NAME) as config_path,
@@ -270,9 +270,19 @@ def _settings_of(config: Mapping[str, Any], path: Path) -> LoraSettings:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _safetensors() -> ModuleType:
+    """Return safetensors, which only files need: the core needs torch and numpy alone."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("adapter files need safetensors: pip install safetensors") from error
+    return safetensors
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found (pickled adapter_model.bin files are not read)")
+    safetensors = _safetensors()
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
