@@ -1,7 +1,6 @@
 """The torch operators: schemas, kernels for CPU and CUDA, fakes. The only user of torch.library.
 
-Autograd is outside, in `functional`: an operator without an autograd kernel costs a quarter of one
-with it, and passes opcheck, compiles and exports all the same.
+Gradients are in `_autograd`.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
     "SymInt[] shape, int block_size, str quant_type, float[]? codebook"
 )
-_LIBRARY = torch.library.Library("qlora_native", "DEF")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("qlora_native", "DEF")
+LIBRARY.define(
     "quantize_4bit(Tensor input, str quant_type, int block_size, bool double_quant, "
     "float[]? codebook, Tensor? offset) "
     "-> (Tensor packed, Tensor absmax, Tensor absmax2, Tensor offset)"
 )
-_LIBRARY.define(f"dequantize_4bit({_WEIGHT}, ScalarType dtype) -> Tensor")
-_LIBRARY.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
-_LIBRARY.define(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor")
+LIBRARY.define(f"dequantize_4bit({_WEIGHT}, ScalarType dtype) -> Tensor")
+LIBRARY.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
+LIBRARY.define(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor")
 
 _threads.share_torch_threads()
 
@@ -383,7 +382,7 @@ for _name, _kernel, _fake in (
     ("linear_4bit_dx", _linear_4bit_dx, _linear_4bit_dx_fake),
 ):
     for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _kernel, _key)
+        LIBRARY.impl(_name, _kernel, _key)
     torch.library.register_fake(f"qlora_native::{_name}", _fake)
 
 

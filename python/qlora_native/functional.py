@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from qlora_native import _checks
-from qlora_native import _library as _library  # registers the operators
+from qlora_native import _autograd, _checks
 from qlora_native._checks import QUANT_TYPES
 
 __all__ = ["QUANT_TYPES", "QuantizedTensor", "dequantize_4bit", "linear_4bit", "quantize_4bit"]
@@ -191,59 +190,6 @@ def linear_4bit(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     weight = _weight_arguments(q)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear4bit.apply(x, bias, *weight)
+    if _autograd.needs_grad(x, bias):
+        return _autograd.Linear4bit.apply(x, bias, *weight)
     return _ops.linear_4bit(x, bias, *weight)
-
-
-class _Linear4bit(torch.autograd.Function):
-    """Y = X W^T + bias."""
-
-    @staticmethod
-    def forward(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:
-        return _ops.linear_4bit(x, bias, *weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _save_weight(ctx, inputs[2:])
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        weight = _saved_weight(ctx)
-        dx = _linear_4bit_dx(dy, *weight) if ctx.needs_input_grad[0] else None
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return (dx, dbias, *(None for _ in weight))
-
-
-def _linear_4bit_dx(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
-    # Dynamo cannot trace a Function inside another's backward; it has no double backward either.
-    if torch.is_grad_enabled() and dy.requires_grad and not torch.compiler.is_compiling():
-        return _Linear4bitDx.apply(dy, *weight)
-    return _ops.linear_4bit_dx(dy, *weight)
-
-
-class _Linear4bitDx(torch.autograd.Function):
-    """dX = dY W. A Function of its own, so that gradients of gradients exist."""
-
-    @staticmethod
-    def forward(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
-        return _ops.linear_4bit_dx(dy, *weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _save_weight(ctx, inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, ddx: torch.Tensor) -> tuple[Any, ...]:
-        weight = _saved_weight(ctx)
-        return (_Linear4bit.apply(ddx, None, *weight), *(None for _ in weight))
-
-
-def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
-    """Save the packed tensors where saved-tensor hooks and checkpointing see them."""
-    ctx.save_for_backward(*weight[:4])
-    ctx.weight_format = weight[4:]
-
-
-def _saved_weight(ctx: Any) -> tuple[Any, ...]:
-    return (*ctx.saved_tensors, *ctx.weight_format)

@@ -181,7 +181,6 @@ def operator_samples(device):
     ]
 
 
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 def test_opcheck(device):
     for op, arguments in operator_samples(device):
         results = torch.library.opcheck(op.default, arguments)
@@ -222,6 +221,38 @@ def test_exports():
     targets = {str(node.target) for node in program.graph.nodes}
     assert "qlora_native.linear_4bit.default" in targets
     assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("m", [2, 64])  # a kernel of ours; a dense product
+def test_an_exported_program_has_gradients(m):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
+    qn.quantize_model(model)
+    qn.add_lora(model, r=4)
+    x = torch.randn(m, 64)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(std=0.1)
+    expected = torch.autograd.grad(model(x).square().sum(), parameters)
+    exported = torch.export.export(model, (x,)).module()
+    exported(x).square().sum().backward()
+    actual = [p.grad for p in exported.parameters() if p.requires_grad]
+    assert len(actual) == len(expected) == 4
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_the_bare_operator_has_gradients():
+    op, (x, bias, *weight) = operator_samples("cpu")[4]
+    y = op(x, bias, *weight)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    expected = torch.autograd.grad(
+        torch.nn.functional.linear(
+            x, torch.ops.qlora_native.dequantize_4bit(*weight, x.dtype)
+        ).sum(),
+        x,
+    )[0]
+    torch.testing.assert_close(dx, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ LAYERS = (
     ("_C", "_files"),
     ("_checks", "_threads"),
     ("_library",),
+    ("_autograd",),
     ("functional", "kernels"),
     ("nn", "optim", "memory"),
     ("checkpoint", "convert"),

@@ -1,0 +1,86 @@
+"""Gradients of the operators.
+
+The functions that users call apply these Functions themselves: a Function outside of the operator
+costs a third of one inside. The operators have them too, under the Autograd key, for graphs that
+hold the bare operator: an exported program must train, or at least not be silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qlora_native._library import LIBRARY
+
+_ops = torch.ops.qlora_native
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Return whether autograd has to see an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class Linear4bit(torch.autograd.Function):
+    """Y = X W^T + bias."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:
+        return _ops.linear_4bit(x, bias, *weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _save_weight(ctx, inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        weight = _saved_weight(ctx)
+        # The operator, not its Function, which Dynamo cannot trace inside of another's backward.
+        dx = _ops.linear_4bit_dx(dy, *weight) if ctx.needs_input_grad[0] else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return (dx, dbias, *(None for _ in weight))
+
+
+class Linear4bitDx(torch.autograd.Function):
+    """dX = dY W. A Function of its own, so that gradients of gradients exist."""
+
+    @staticmethod
+    def forward(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
+        return _ops.linear_4bit_dx(dy, *weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _save_weight(ctx, inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, ddx: torch.Tensor) -> tuple[Any, ...]:
+        weight = _saved_weight(ctx)
+        return (_ops.linear_4bit(ddx, None, *weight), *(None for _ in weight))
+
+
+def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
+    """Save the packed tensors where saved-tensor hooks and checkpointing see them."""
+    ctx.save_for_backward(*weight[:4])
+    ctx.weight_format = weight[4:]
+
+
+def _saved_weight(ctx: Any) -> tuple[Any, ...]:
+    return (*ctx.saved_tensors, *ctx.weight_format)
+
+
+def _linear_4bit_autograd(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:
+    if needs_grad(x, bias):
+        return Linear4bit.apply(x, bias, *weight)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.linear_4bit(x, bias, *weight)
+
+
+def _linear_4bit_dx_autograd(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
+    if needs_grad(dy):
+        return Linear4bitDx.apply(dy, *weight)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.linear_4bit_dx(dy, *weight)
+
+
+LIBRARY.impl("linear_4bit", _linear_4bit_autograd, "Autograd")
+LIBRARY.impl("linear_4bit_dx", _linear_4bit_dx_autograd, "Autograd")
