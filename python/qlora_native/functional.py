@@ -113,7 +113,7 @@ def quantize_4bit(
         quant_type: "nf4", "fp4", "int4", or "custom" with a `codebook`.
         block_size: elements that share an absmax: a power of two from 32 to 4096.
         double_quant: quantize the absmax values too (0.127 instead of 0.5 bits per element at 64).
-        codebook: 16 finite, ascending values in [-1, 1] for quant_type "custom".
+        codebook: 16 finite, ascending values for quant_type "custom"; weights are scaled to [-1, 1].
         check_finite: raise ValueError when `w` holds a NaN or an infinity (waits for the device).
             Without it such a block decodes to NaN; with double quantization, its group of 256
             blocks does.
@@ -168,8 +168,9 @@ def linear_4bit(
 ) -> torch.Tensor:
     """Return ``x @ W.T + bias`` for a 4-bit weight W.
 
-    Differentiable in `x` and `bias`; W is frozen. Accumulates in fp32. Only the packed weight is
-    kept for the backward pass.
+    Differentiable in `x` and `bias`; W is frozen, and only its packed form is kept for the backward
+    pass. Our kernels accumulate in fp32; where torch's matrix product over the decoded weight is
+    faster (see `kernels.selected_for`), its settings hold.
 
     Args:
         x: ``[..., in_features]`` float32, float16 or bfloat16, on `q`'s device. Under autocast it
