@@ -102,6 +102,10 @@ def test_model_whose_weights_do_not_fit_its_config(folder, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != name}, odd / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     assert name in fails(folder, tmp_path, model=odd)
+    wider = tensors | {name: torch.zeros(130, 64)}
+    save_file(wider, odd / "model.safetensors", metadata={"format": "pt"})
+    message = fails(folder, tmp_path, model=odd)
+    assert f"{name} is (130, 64) in the file and (128, 64) by config.json" in message
     tensors[name] = tensors[name].clone()
     tensors[name][3, 5] = float("nan")
     save_file(tensors, odd / "model.safetensors", metadata={"format": "pt"})

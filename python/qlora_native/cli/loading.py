@@ -175,7 +175,12 @@ def load_dense(model: str, dtype: torch.dtype) -> torch.nn.Module:
     with allocating(f"loading {model}", "use a machine with more memory or a smaller model."):
         try:
             loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, output_loading_info=True, **_where(model)
+                model,
+                dtype=dtype,
+                output_loading_info=True,
+                # Its own exception does not name the tensors; the check below does.
+                ignore_mismatched_sizes=True,
+                **_where(model),
             )
         except (OSError, ValueError, SafetensorError, RuntimeError) as error:
             raise InputError(f"--model {model}: {_first_line(error)}") from error
@@ -183,6 +188,15 @@ def load_dense(model: str, dtype: torch.dtype) -> torch.nn.Module:
     require(
         not missing,
         f"--model {model}: its files lack {len(missing)} tensors: {', '.join(missing[:3])}",
+    )
+    mismatched = [
+        f"{name} is {tuple(in_file)} in the file and {tuple(in_model)} by config.json"
+        for name, in_file, in_model in sorted(info["mismatched_keys"])
+    ]
+    require(
+        not mismatched,
+        f"--model {model}: {len(mismatched)} tensors have another shape than the model: "
+        f"{'; '.join(mismatched[:3])}",
     )
     return loaded
 
