@@ -113,7 +113,7 @@ def quantize_4bit(
         quant_type: "nf4", "fp4", "int4", or "custom" with a `codebook`.
         block_size: elements that share an absmax: a power of two from 32 to 4096.
         double_quant: quantize the absmax values too (0.127 instead of 0.5 bits per element at 64).
-        codebook: 16 finite, ascending values for quant_type "custom"; weights are scaled to [-1, 1].
+        codebook: 16 finite, ascending values for "custom"; weights are scaled to [-1, 1].
         check_finite: raise ValueError when `w` holds a NaN or an infinity (waits for the device).
             Without it such a block decodes to NaN; with double quantization, its group of 256
             blocks does.
