@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def signal_after_step(line, step, number):
         process.kill()
         process.wait()
     return process.returncode, "".join(lines)
+
+
+def leave_incomplete(output):
+    """What a process leaves that is killed while it writes or deletes a checkpoint."""
+    for name in (".checkpoint-incomplete/checkpoint-9", ".checkpoint-incomplete-checkpoint-2"):
+        (output / name).mkdir(parents=True)
+        (output / name / "optimizer.pt").write_bytes(b"half")
 
 
 def log_of(output):
@@ -154,9 +162,11 @@ def test_resumed_after_a_kill_equals_an_uninterrupted_run(folder, finished):
     assert code == -signal.SIGKILL, err
     assert not (output / "adapter_model.safetensors").exists()
     assert (output / "checkpoint-2" / "trainer_state.json").is_file()
+    leave_incomplete(output)
     result = run_cli("finetune", "--config", output / "run.yaml", "--resume")
     assert result.code == 0, result.err
     assert log_of(output) == log_of(whole)
+    assert not list(output.glob(".checkpoint-*"))
     expected = load_file(whole / "adapter_model.safetensors")
     for name, tensor in load_file(output / "adapter_model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
@@ -192,6 +202,19 @@ def test_a_checkpoint_that_was_being_written_is_no_checkpoint(folder, finished, 
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+def test_an_old_checkpoint_goes_where_a_killed_deletion_left_files(tmp_path):
+    from qlora_native.cli import trainer
+
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    leave_incomplete(tmp_path)
+    saver = trainer.AdapterTrainer.__new__(trainer.AdapterTrainer)
+    saver.args = SimpleNamespace(save_total_limit=1)
+    saver._delete_old(tmp_path)
+    assert [path.name for path in trainer.checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert not (tmp_path / ".checkpoint-incomplete-checkpoint-2").exists()
+
+
 def test_resume_refuses_other_settings(folder, finished):
     output, _ = finished
     before = sorted(output.iterdir())
@@ -210,6 +233,8 @@ def test_overwrite_replaces_the_whole_run(folder):
             )
         )
         assert result.code == 0, result.err
+        assert not list(output.glob(".checkpoint-*"))
+        leave_incomplete(output)
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
     report = json.loads((output / "report.json").read_text())
     assert report["steps"] == 2 and report["eval_loss_after"] is None

@@ -20,7 +20,13 @@ from qlora_native.cli import data, loading, report
 from qlora_native.cli.errors import InputError, Interrupted, allocating, display_path, require
 from qlora_native.cli.options import FinetuneOptions
 from qlora_native.cli.progress import LayerProgress, TrainingProgress, stderr, stdout
-from qlora_native.cli.trainer import AdapterTrainer, StopOnSignal, checkpoints, load_state
+from qlora_native.cli.trainer import (
+    AdapterTrainer,
+    StopOnSignal,
+    checkpoints,
+    delete_incomplete,
+    load_state,
+)
 
 RUN_FILE = "run.yaml"
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "loss.png", RUN_FILE)
@@ -77,6 +83,7 @@ def finetune(options: FinetuneOptions) -> None:
     )
     if resume_from is None:
         _start_output(options)
+    delete_incomplete(options.output)
     losses = _train(trainer, options, resume_from)
     memory, memory_of = report.peak_memory(where.device)
     history = trainer.state.log_history

@@ -32,6 +32,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def delete_incomplete(folder: Path) -> None:
+    """Deletes what a killed process left of checkpoints that it was building or deleting."""
+    for path in folder.glob(f"{_STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def load_state(checkpoint: Path) -> transformers.TrainerState:
     """What Trainer knew when the checkpoint was made."""
     return transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -134,6 +140,8 @@ class AdapterTrainer(transformers.Trainer):
         for path in checkpoints(folder)[:-limit] if limit else []:
             # Renamed first: a folder that is half deleted must not look like a checkpoint.
             doomed = folder / f"{_STAGING}-{path.name}"
+            # A process that was killed here may have left one, and only an empty folder gives way.
+            shutil.rmtree(doomed, ignore_errors=True)
             path.replace(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
