@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -131,5 +132,61 @@ def test_copies_of_a_merged_layer_can_unmerge():
     other = copy.deepcopy(layer)
     layer.unmerge()
     assert other.merged
+    other.unmerge()
+    assert same(before, state(other))
+
+
+def test_state_dicts_do_not_mix_merged_and_unmerged(tmp_path):
+    merged, fresh = quantized_net(), quantized_net()
+    for model in (merged, fresh):
+        add_lora(model, r=2, target_modules=SUFFIXES)
+        randomize_adapters(model)
+    torch.save(merged.state_dict(), tmp_path / "unmerged.pt")
+    expected = state(merged)
+    merge_lora(merged)
+    torch.save(merged.state_dict(), tmp_path / "merged.pt")
+
+    # The adapters would be applied twice.
+    file = torch.load(tmp_path / "merged.pt", weights_only=True)
+    for arguments in ({}, {"strict": False}, {"assign": True}):
+        with pytest.raises(
+            RuntimeError, match=r"layers\.1\.down_proj: .*\['default'\].*unmerge before saving"
+        ):
+            copy.deepcopy(fresh).load_state_dict(file, **arguments)
+
+    # Unmerging would undo the load.
+    plain = torch.load(tmp_path / "unmerged.pt", weights_only=True)
+    for source in (plain, file, dict(file)):
+        with pytest.raises(
+            RuntimeError, match=r"layers\.1\.down_proj: .*\['default'\].*unmerge before loading"
+        ):
+            copy.deepcopy(merged).load_state_dict(source)
+
+    unmerge_lora(merged)
+    for model in (merged, fresh):
+        model.load_state_dict(plain, strict=True)
+        assert same(state(model), expected)
+        # Formats that keep tensors alone come back as plain dicts.
+        model.load_state_dict(dict(plain), strict=True)
+
+
+def test_a_layer_that_is_loaded_by_itself_is_named_by_its_kind():
+    layer, other = adapted("dense"), adapted("dense")
+    layer.merge()
+    with pytest.raises(RuntimeError, match=r"LoraLinear: .*unmerge before saving"):
+        other.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["4bit", "dense"])
+def test_a_pickled_merged_layer_can_unmerge(kind):
+    layer = adapted(kind)
+    before = state(layer)
+    layer.merge()
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    other = torch.load(buffer, weights_only=False)
+    assert other.merged_adapters == ("default",)
+    assert same(state(other), state(layer))
     other.unmerge()
     assert same(before, state(other))

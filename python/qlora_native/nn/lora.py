@@ -12,12 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_native.nn.linear import Linear4bit
+
+# Under this key a state dict's metadata says which adapters its base weight contains.
+_MERGED_KEY = "merged_adapters"
 
 BIAS_MODES = ("none", "lora_only", "all")
 
@@ -258,6 +262,43 @@ class LoraLinear(nn.Module):
     def extra_repr(self) -> str:
         """The names of the active and the merged adapters, as `print(model)` shows them."""
         return f"active={list(self.active_adapters)}, merged={list(self.merged_adapters)}"
+
+    # ---- state dict ----
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A plain dict given by the caller has no place for metadata.
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][_MERGED_KEY] = self.merged_adapters
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        name = prefix[:-1] or type(self).__name__
+        if self.merged:
+            # Unmerging would put the old base weight over the loaded one.
+            error_msgs.append(
+                f"{name}: adapters {list(self.merged_adapters)} are merged into this layer; "
+                "unmerge before loading"
+            )
+            return
+        merged = tuple(local_metadata.get(_MERGED_KEY, ()))
+        if merged:
+            # The layer would add the adapters to a base weight that contains them.
+            error_msgs.append(
+                f"{name}: the state dict was saved with adapters {list(merged)} merged into the "
+                "base weight; unmerge before saving"
+            )
 
     def _require(self, name: str) -> None:
         if name not in self.settings:
