@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_native import _checks
 from qlora_native.nn.linear import Linear4bit
-from qlora_native.nn.targets import replace_module
+from qlora_native.nn.targets import lora_layers, replace_module
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def quantize_model(
     Left alone, with a reason in the report: layers under `skip`; a weight that is shared with
     another module (an output head tied to the embeddings); subclasses of nn.Linear, which may
     compute something else; layers with hooks, which conversion would lose; dtypes other than fp32,
-    fp16 and bf16; everything that is not a Linear.
+    fp16 and bf16; LoRA adapters (the layers under them are converted); everything that is not a
+    Linear.
 
     Args:
         quant_type, block_size, double_quant, codebook: as in `quantize_4bit`.
@@ -82,6 +83,7 @@ def quantize_model(
     Raises:
         ValueError: a bad setting (the model is untouched), or non-finite values or a weight on the
             meta device: the message names the tensor, layers before it are already converted.
+        RuntimeError: adapters are merged into a layer to convert; the model is untouched.
     """
     _checks.codebook(quant_type, codebook)
     _checks.check_block_size(block_size)
@@ -131,24 +133,53 @@ def _plan(model: nn.Module, skip: Sequence[str]) -> tuple[list[list[str]], list[
     paths: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(name)
+    adapters = _adapter_modules(model)
     to_convert, skipped = [], []
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
             continue
-        reason = _reason_to_skip(name, module, skip, owners)
+        reason = _reason_to_skip(name, module, skip, owners, adapters)
         if reason:
             skipped.append((name, reason))
         else:
             to_convert.append(paths[id(module)])
+    _require_unmerged_bases(model, {path for group in to_convert for path in group})
     return to_convert, skipped
 
 
+def _adapter_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules that hold the weights of LoRA adapters."""
+    return {
+        id(module)
+        for _, layer in lora_layers(model)
+        for part in (layer.lora_A, layer.lora_B)
+        for module in part.values()
+    }
+
+
+def _require_unmerged_bases(model: nn.Module, to_convert: set[str]) -> None:
+    # Unmerging restores the dense tensors that were kept, which a 4-bit layer has no place for.
+    for name, layer in lora_layers(model):
+        base = f"{name}.base_layer" if name else "base_layer"
+        if layer.merged and base in to_convert:
+            raise RuntimeError(
+                f"cannot quantize {name!r}: adapters {list(layer.merged_adapters)} are merged into "
+                "it; call unmerge_lora first"
+            )
+
+
 def _reason_to_skip(
-    name: str, module: nn.Module, skip: Sequence[str], owners: dict[int, list[str]]
+    name: str,
+    module: nn.Module,
+    skip: Sequence[str],
+    owners: dict[int, list[str]],
+    adapters: set[int],
 ) -> str | None:
     entry = next((entry for entry in skip if f".{entry}." in f".{name}."), None)
     if entry is not None:
         return f"named by skip={entry!r}"
+    if id(module) in adapters:
+        return "part of a LoRA adapter"
     if isinstance(module, Linear4bit):
         return "already quantized"
     if not isinstance(module, nn.Linear):

@@ -10,9 +10,16 @@ import torch
 from torch import nn
 
 import qlora_native as qn
-from _models import tiny_llama, tiny_net, token_ids
+from _models import randomize_adapters, tiny_llama, tiny_net, token_ids
 from qlora_native.convert import quantize_model
-from qlora_native.nn import Linear4bit
+from qlora_native.nn import (
+    Linear4bit,
+    add_lora,
+    count_parameters,
+    lora_parameters,
+    merge_lora,
+    unmerge_lora,
+)
 
 
 def linear_names(model: nn.Module, kind: type) -> set[str]:
@@ -125,6 +132,46 @@ def test_the_model_itself_cannot_be_replaced():
     report = quantize_model(nn.Linear(4, 4))
     assert report.converted == ()
     assert "from_linear" in report.skipped[0][1]
+
+
+def test_adapters_that_are_there_stay_and_train():
+    model, reference = tiny_net(), tiny_net()
+    quantize_model(reference)
+    for net in (model, reference):
+        add_lora(net, r=2, target_modules=["q_proj"])
+        randomize_adapters(net)
+    before = [p.detach().clone() for p in lora_parameters(model)]
+    report = quantize_model(model)
+    assert [name for name, _ in report.converted if "q_proj" in name] == [
+        "layers.0.q_proj.base_layer",
+        "layers.1.q_proj.base_layer",
+    ]
+    reasons = dict(report.skipped)
+    for part in ("lora_A", "lora_B"):
+        assert reasons[f"layers.1.q_proj.{part}.default"] == "part of a LoRA adapter"
+    after = list(lora_parameters(model))
+    assert len(before) == len(after) == 4
+    assert all(
+        p.requires_grad and torch.equal(p, old) for p, old in zip(after, before, strict=True)
+    )
+    assert count_parameters(model) == count_parameters(reference)
+    assert torch.equal(model(token_ids()), reference(token_ids()))
+
+
+def test_a_layer_with_merged_adapters_is_refused():
+    model = tiny_net()
+    add_lora(model, r=2, target_modules=["down_proj"])
+    randomize_adapters(model)
+    merge_lora(model)
+    with pytest.raises(RuntimeError, match=r"'layers\.0\.down_proj'.*\['default'\] are merged"):
+        quantize_model(model)
+    assert linear_names(model, Linear4bit) == set()
+    # A layer that is not to be converted does not matter.
+    assert len(quantize_model(model, skip=("down_proj", "lm_head")).converted) == 4
+    unmerge_lora(model)
+    assert len(quantize_model(model).converted) == 2
+    assert merge_lora(model) == 2
+    assert quantize_model(model).converted == ()
 
 
 def test_a_layer_used_at_two_paths_is_converted_once():
