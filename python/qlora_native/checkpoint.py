@@ -123,7 +123,8 @@ def load_adapter(
         FileNotFoundError: a file is missing.
         NotImplementedError: the adapter is of another kind or uses an option that is not
             implemented; the message names it.
-        ValueError: a file is damaged, or its keys or shapes do not fit the model or the config.
+        ValueError: a file is damaged or holds NaN or infinity, or its keys or shapes do not fit
+            the model or the config.
         RuntimeError: adapters are merged.
         In every case the model is as it was.
     """
@@ -141,11 +142,7 @@ def load_adapter(
     else:
         dtype = adapter_dtype or next(iter(weights.values()))[0].dtype
         report = install_adapter(
-            model,
-            dict.fromkeys(weights, settings),
-            adapter_name,
-            dtype=dtype,
-            trainable=trainable,
+            model, dict.fromkeys(weights, settings), adapter_name, dtype=dtype, trainable=trainable
         )
     with torch.no_grad():
         layers = linear_layers(model)
@@ -303,12 +300,8 @@ def _match_tensors(
         match = _WEIGHT_KEY.fullmatch(name)
         if match and match["path"] in layers and key != name:
             layer_name, layer = layers[match["path"]]
-            expected = (
-                (settings.r, layer.in_features)
-                if match["part"] == "A"
-                else (layer.out_features, settings.r)
-            )
-            _check_tensor(path, key, tensor, expected)
+            shapes = {"A": (settings.r, layer.in_features), "B": (layer.out_features, settings.r)}
+            _check_tensor(path, key, tensor, shapes[match["part"]])
             weights.setdefault(layer_name, {})[match["part"]] = tensor
         elif name in biases and key != name:
             _check_tensor(path, key, tensor, tuple(biases[name].shape))
@@ -372,6 +365,10 @@ def _check_tensor(path: Path, key: str, tensor: Tensor, expected: tuple[int, ...
         )
     if not tensor.is_floating_point():
         raise ValueError(f"{path}: {key} is {tensor.dtype}, expected a floating dtype")
+    # As fp64, which holds every dtype's values: not all of the 8-bit ones have isfinite.
+    bad = tensor.numel() - int(tensor.double().isfinite().sum())
+    if bad:
+        raise ValueError(f"{path}: {key} has {bad} NaN or infinite values of {tensor.numel()}")
 
 
 def _check_same(

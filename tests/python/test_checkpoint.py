@@ -216,6 +216,39 @@ def test_weights_that_do_not_fit(saved, edit, error):
         assert same(before, state(model))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [
+        (torch.float32, ("nan", "-inf")),
+        (torch.bfloat16, ("nan", "inf")),
+        (torch.float8_e4m3fn, ("nan", "nan")),  # which has no infinity
+    ],
+)
+def test_non_finite_weights_are_refused(saved, dtype, bad):
+    values = torch.zeros(24, 3)
+    values.view(-1)[[3, 71]] = torch.tensor([float(value) for value in bad])
+    edit_weights(saved, lambda t: t.update({DOWN_B: values.to(dtype)}))
+    # A new adapter, and one that is there already.
+    for model in (quantized_net().eval(), trained_net(), tiny_net()):
+        before = state(model)
+        flags = [p.requires_grad for p in model.parameters()]
+        with pytest.raises(ValueError, match=rf"{DOWN_B} has 2 NaN or infinite values of 72"):
+            load_adapter(model, saved, trainable=True)
+        assert same(before, state(model))
+        assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_non_finite_biases_are_refused(tmp_path):
+    save_adapter(trained_net(bias="lora_only"), tmp_path)
+    key = "base_model.model.layers.0.q_proj.base_layer.bias"
+    edit_weights(tmp_path, lambda t: t[key].fill_(float("inf")))
+    model = tiny_net()
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"{key} has 24 NaN or infinite values of 24"):
+        load_adapter(model, tmp_path)
+    assert same(before, state(model))
+
+
 def test_another_model(saved):
     model = tiny_net(dim=16)
     with pytest.raises(ValueError, match=r"\(24, 3\).*\(16, 3\)"):
