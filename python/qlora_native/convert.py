@@ -83,6 +83,7 @@ def quantize_model(
     Raises:
         ValueError: a bad setting (the model is untouched), or non-finite values or a weight on the
             meta device: the message names the tensor, layers before it are already converted.
+        torch.OutOfMemoryError: the message names the layer and its shape; as above.
         RuntimeError: adapters are merged into a layer to convert; the model is untouched.
     """
     _checks.codebook(quant_type, codebook)
@@ -216,6 +217,9 @@ def _quantize_layer(linear: nn.Linear, name: str, **settings: object) -> Linear4
         return Linear4bit.from_linear(linear, **settings)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from error
+    except torch.OutOfMemoryError as error:
+        shape = (linear.out_features, linear.in_features)
+        raise torch.OutOfMemoryError(f"{name}.weight {shape}: {error}") from error
 
 
 def _tensor_bytes(model: nn.Module) -> int:

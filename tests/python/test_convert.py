@@ -194,6 +194,25 @@ def test_non_finite_weights_are_named_and_counted():
     assert other.layers[1].up_proj.dequantize().isnan().any()
 
 
+def test_running_out_of_memory_names_the_layer(monkeypatch):
+    model = tiny_net()
+    from_linear = Linear4bit.from_linear
+
+    def small_device(linear, **settings):
+        if linear.out_features == 37:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return from_linear(linear, **settings)
+
+    monkeypatch.setattr(Linear4bit, "from_linear", small_device)
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=r"layers\.0\.up_proj\.weight \(37, 24\): CUDA .* 2\.00 GiB",
+    ) as raised:
+        quantize_model(model)
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    assert linear_names(model, Linear4bit) == {"layers.0.q_proj"}
+
+
 def test_bad_settings_leave_the_model_alone():
     model = tiny_net()
     for arguments in ({"quant_type": "nf5"}, {"block_size": 48}, {"quant_type": "custom"}):
