@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,25 @@ def test_config_file(folder, tmp_path):
     config.write_text("a: [\n")
     assert "not valid YAML" in fails(folder, tmp_path, "--config", config)
     assert "no such file" in fails(folder, tmp_path, "--config", tmp_path / "absent.yaml")
+
+
+def test_the_home_folder_in_paths(folder, tmp_path, monkeypatch):
+    """On the command line and from YAML, for the model, files, the output and the YAML itself."""
+    import qlora_native.cli.finetune as module
+
+    seen = []
+    monkeypatch.setattr(module, "finetune", seen.append)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("model: ~/m\ndata: [~/a.txt, b~.txt]\n")
+    line = ("finetune", "--config=~/run.yaml", "--output=~/out")
+    assert run_cli(*line).code == 0
+    assert run_cli(*line, "--eval-data", "~/e.txt", "--model", "org/name").code == 0
+    assert seen[0].model == f"{tmp_path}/m" and seen[1].model == "org/name"
+    assert seen[0].data == [tmp_path / "a.txt", Path("b~.txt")]
+    assert seen[0].output == tmp_path / "out"
+    assert seen[0].eval_data is None and seen[1].eval_data == [tmp_path / "e.txt"]
+    result = run_cli(*line, "--model", "~nobody-of-that-name/m")
+    assert result.code == 2 and "--model ~nobody-of-that-name/m" in result.err
 
 
 def test_an_option_that_is_missing_is_named(folder):

@@ -200,7 +200,9 @@ class VariadicCommand(TyperCommand):
         current, words = None, 0
         for word in args:
             if word.startswith("-") and word != "-":
-                current, words = (word if word in several else None), 0
+                # `--data=a.txt b.txt` has the first word in the option.
+                name, equals, _ = word.partition("=")
+                current, words = (name if name in several else None), len(equals)
             elif current is not None:
                 if words:
                     expanded.append(current)
@@ -209,22 +211,32 @@ class VariadicCommand(TyperCommand):
         return super().parse_args(ctx, expanded)
 
 
+def read_yaml(path: Path, option_name: str) -> dict[Any, Any]:
+    """The mapping in a YAML file that `option_name` led to.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or is no mapping.
+    """
+    require(path.is_file(), f"{option_name} {path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{option_name} {path}: not valid YAML: {error}") from error
+    require(
+        isinstance(content, dict),
+        f"{option_name} {path}: expected lines of the form `option: value`",
+    )
+    return content
+
+
 def read_config(path: Path, names: dict[str, bool]) -> dict[str, Any]:
     """Option values from a YAML file; `names` maps each option to whether it takes a list.
 
     Raises:
         InputError: the file is missing, is no mapping, or has a key that is no option.
     """
-    require(path.is_file(), f"--config {path}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not valid YAML: {error}") from error
-    require(
-        isinstance(content, dict), f"--config {path}: expected lines of the form `option: value`"
-    )
     values: dict[str, Any] = {}
-    for key, value in content.items():
+    for key, value in read_yaml(path, "--config").items():
         name = str(key).lstrip("-").replace("-", "_")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
@@ -239,6 +251,18 @@ def read_config(path: Path, names: dict[str, bool]) -> dict[str, Any]:
     return values
 
 
+def _expand_home(name: str, value: Any) -> Any:
+    # A shell leaves the `~` of `--output=~/run` and of a YAML file as it is.
+    if isinstance(value, list):
+        return [_expand_home(name, item) for item in value]
+    if not str(value).startswith("~") or not (isinstance(value, Path) or name == "model"):
+        return value
+    try:
+        return type(value)(Path(value).expanduser())
+    except RuntimeError as error:
+        raise InputError(f"--{name.replace('_', '-')} {value}: {error}") from error
+
+
 def _apply_config(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is None or ctx.resilient_parsing:
         return path
@@ -248,6 +272,7 @@ def _apply_config(ctx: typer.Context, path: Path | None) -> Path | None:
         if param.name not in ("config", "help")
     }
     with reporting(debug=False):
+        path = _expand_home("config", path)
         # The command line wins: click asks the default map only for what it did not find there.
         ctx.default_map = read_config(path, names)
     return path
@@ -277,7 +302,9 @@ def command(
         def run(**values: Any) -> None:
             values.pop("config")
             with reporting(values["debug"]):
-                function(options_class(**values))
+                function(
+                    options_class(**{name: _expand_home(name, v) for name, v in values.items()})
+                )
 
         hints = typing.get_type_hints(options_class, include_extras=True)
         parameters = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None)]
