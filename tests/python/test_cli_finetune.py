@@ -115,6 +115,34 @@ def test_report_agrees_with_evaluating_the_saved_adapter(folder):
     assert json.loads(tuned.out)["eval_loss"] == report["eval_loss_after"]
 
 
+def test_an_adapter_brings_its_quantization(folder, tmp_path):
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"text": t} for t in sentences(8, seed=5)])
+    tuned = tmp_path / "tuned"
+    line = arguments(folder, tuned, eval_data=held_out, max_steps=1, save_steps=1,
+                     quant_type="int4", block_size=128)  # fmt: skip
+    result = run_cli(*line, "--no-double-quant")
+    assert result.code == 0, result.err
+    report = json.loads((tuned / "report.json").read_text())
+    common = ("evaluate", "--model", folder / "model", "--data", held_out, "--json", "--no-bf16",
+              "--device", "cpu", "--max-seq-length", 32, "--adapter")  # fmt: skip
+    for adapter in (tuned, tuned / "checkpoint-1"):
+        result = run_cli(*common, adapter)
+        assert json.loads(result.out)["eval_loss"] == report["eval_loss_after"]
+        assert "Warning" not in result.err
+    result = run_cli(*common, tuned, "--quant-type", "nf4")
+    assert json.loads(result.out)["eval_loss"] != report["eval_loss_after"]
+    assert "quant_type int4, not nf4" in result.err and "block_size" not in result.err
+
+
+def test_resume_refuses_a_run_file_that_is_none(finished, tmp_path):
+    output = shutil.copytree(finished[0], tmp_path / "copy")
+    config = shutil.copy(output / "run.yaml", tmp_path / "options.yaml")
+    for content, expected in (("", "option: value"), ("- a", "option: value"), ("a: [", "YAML")):
+        (output / "run.yaml").write_text(content)
+        result = run_cli("finetune", "--config", config, "--output", output, "--resume")
+        assert result.code == 2 and expected in result.err
+
+
 def test_local_paths_never_reach_for_the_network(folder, finished, tmp_path, monkeypatch):
     """With everything that keeps the tests offline taken away, nobody tries to connect."""
     import datasets

@@ -10,7 +10,7 @@ from qlora_native.cli import data, loading
 from qlora_native.cli.errors import allocating, require
 from qlora_native.cli.loss import mean_token_loss, perplexity
 from qlora_native.cli.options import EvaluateOptions
-from qlora_native.cli.progress import LayerProgress, stdout
+from qlora_native.cli.progress import LayerProgress, stderr, stdout
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -22,6 +22,8 @@ def evaluate(options: EvaluateOptions) -> None:
     batch = options.per_device_eval_batch_size
     require(batch >= 1, f"--per-device-eval-batch-size {batch}: must be 1 or more")
     require(options.max_seq_length >= 2, f"--max-seq-length {options.max_seq_length}: at least 2")
+    if warning := loading.adopt_quantization(options):
+        stderr.print(warning, highlight=False, soft_wrap=True)
     loading.check_quantization(options)
     data.check_files(options.data, "--data")
     where = loading.placement(options)

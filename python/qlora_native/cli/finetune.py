@@ -18,7 +18,7 @@ import qlora_native as qn
 from qlora_native._files import atomic_write
 from qlora_native.cli import data, loading, report
 from qlora_native.cli.errors import InputError, Interrupted, allocating, display_path, require
-from qlora_native.cli.options import FinetuneOptions
+from qlora_native.cli.options import RUN_FILE, FinetuneOptions, read_yaml
 from qlora_native.cli.progress import LayerProgress, TrainingProgress, stderr, stdout
 from qlora_native.cli.trainer import (
     AdapterTrainer,
@@ -28,7 +28,6 @@ from qlora_native.cli.trainer import (
     load_state,
 )
 
-RUN_FILE = "run.yaml"
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "loss.png", RUN_FILE)
 # What may differ between a run and its continuation: it changes no number.
 _FREE_ON_RESUME = {
@@ -165,7 +164,7 @@ def _check_output(options: FinetuneOptions) -> Path | None:
 def _check_same_run(options: FinetuneOptions) -> None:
     file = options.output / RUN_FILE
     require(file.is_file(), f"--resume: there is no {RUN_FILE} in {options.output}")
-    then, now = yaml.safe_load(file.read_text()), _settings(options)
+    then, now = read_yaml(file, "--resume"), _settings(options)
     for name in now.keys() - _FREE_ON_RESUME:
         require(
             then.get(name) == now[name],

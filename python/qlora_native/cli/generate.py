@@ -11,7 +11,7 @@ from qlora_native.cli import data, loading
 from qlora_native.cli.errors import allocating, require
 from qlora_native.cli.loss import autocast
 from qlora_native.cli.options import GenerateOptions
-from qlora_native.cli.progress import LayerProgress
+from qlora_native.cli.progress import LayerProgress, stderr
 
 
 class _PlainStreamer(transformers.TextStreamer):
@@ -33,6 +33,8 @@ def generate(options: GenerateOptions) -> None:
     )
     require(options.temperature >= 0, f"--temperature {options.temperature}: must not be negative")
     require(0 < options.top_p <= 1, f"--top-p {options.top_p}: must be in (0, 1]")
+    if warning := loading.adopt_quantization(options):
+        stderr.print(warning, highlight=False, soft_wrap=True)
     loading.check_quantization(options)
     where = loading.placement(options)
     loading.check_model_path(options.model)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 import qlora_native as qn
 from qlora_native import _checks
 from qlora_native.cli.errors import InputError, allocating, require
-from qlora_native.cli.options import AdapterOptions, ModelOptions
+from qlora_native.cli.options import RUN_FILE, AdapterOptions, ModelOptions, read_yaml
 from qlora_native.convert import ConversionReport
 
 Progress = Callable[[int, int, str], object]
@@ -44,6 +44,39 @@ def check_quantization(options: ModelOptions) -> None:
         _checks.check_block_size(options.block_size)
     except ValueError as error:
         raise InputError(f"--block-size {options.block_size}: {error}") from error
+
+
+def adopt_quantization(options: AdapterOptions) -> str | None:
+    """Sets the quantization that the adapter was trained over where the user gave none.
+
+    It is known for the output folder of `finetune` and for the checkpoints in it.
+
+    Returns:
+        What to tell a user who gave another quantization than the adapter's; usually None.
+
+    Raises:
+        InputError: the folder's settings cannot be read.
+    """
+    if options.adapter is None or not options.quantize:
+        return None
+    folder = options.adapter
+    file = (folder.parent if folder.name.startswith("checkpoint-") else folder) / RUN_FILE
+    if not file.is_file():
+        return None
+    settings = read_yaml(file, "--adapter")
+    others = []
+    for name in ("quant_type", "block_size", "double_quant", "skip_modules"):
+        asked = getattr(options, name)
+        trained = settings.get(name, asked)
+        if trained == asked:
+            continue
+        if name in options.given:
+            others.append(f"{name} {trained}, not {asked}")
+        else:
+            setattr(options, name, trained)
+    if others:
+        return f"Warning: the adapter was trained over {'; '.join(others)}: results will differ."
+    return None
 
 
 def placement(options: ModelOptions) -> Placement:

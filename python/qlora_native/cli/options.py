@@ -16,6 +16,8 @@ from typer.core import TyperCommand
 
 from qlora_native.cli.errors import InputError, reporting, require
 
+RUN_FILE = "run.yaml"
+
 _MODEL = "Model"
 _QUANTIZATION = "Quantization"
 _DATA = "Data"
@@ -155,6 +157,8 @@ class AdapterOptions(ModelOptions):
             "Quantize the model, or take it as it is.", _QUANTIZATION, "--quantize/--no-quantize"
         ),
     ] = True
+    given: frozenset[str] = frozenset()
+    """Names of the options that the user gave; the others have their defaults. Not an option."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -299,17 +303,26 @@ def command(
     """Registers `function(options)` as a command with the fields of `options_class` as options."""
 
     def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        def run(**values: Any) -> None:
+        def run(ctx: typer.Context, **values: Any) -> None:
             values.pop("config")
             with reporting(values["debug"]):
-                function(
-                    options_class(**{name: _expand_home(name, v) for name, v in values.items()})
-                )
+                values = {name: _expand_home(name, value) for name, value in values.items()}
+                if issubclass(options_class, AdapterOptions):
+                    sources = {name: ctx.get_parameter_source(name) for name in values}
+                    values["given"] = frozenset(
+                        name for name, source in sources.items() if source.name != "DEFAULT"
+                    )
+                function(options_class(**values))
 
         hints = typing.get_type_hints(options_class, include_extras=True)
-        parameters = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None)]
+        hints.pop("given", None)
+        parameters = [
+            inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY),
+            inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None),
+        ]
         fields = sorted(
-            dataclasses.fields(options_class), key=lambda f: _panel_index(hints[f.name])
+            (f for f in dataclasses.fields(options_class) if f.name in hints),
+            key=lambda f: _panel_index(hints[f.name]),
         )
         parameters += [
             inspect.Parameter(
@@ -321,7 +334,7 @@ def command(
             )
             for field in fields
         ]
-        run.__annotations__ = {"config": _CONFIG, **hints}
+        run.__annotations__ = {"ctx": typer.Context, "config": _CONFIG, **hints}
         run.__signature__ = inspect.Signature(
             [p.replace(annotation=run.__annotations__[p.name]) for p in parameters]
         )
