@@ -167,3 +167,5 @@ def test_several_files_after_one_option(folder, tmp_path):
     apart = run_cli(*common, "--data", tmp_path / "a.txt", "--data", tmp_path / "b.txt")
     assert together.code == 0, together.err
     assert together.out == apart.out
+    joined = run_cli(*common, f"--data={tmp_path / 'a.txt'}", tmp_path / "b.txt")
+    assert joined.out == apart.out, joined.err

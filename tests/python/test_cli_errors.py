@@ -155,6 +155,21 @@ def test_out_of_memory_names_the_work_and_the_remedy(folder, tmp_path, monkeypat
     assert "20.00 GiB" in message and "--device cpu" in message
 
 
+@pytest.mark.parametrize("step", ["load", "quantize"])
+def test_the_cpu_allocator_running_out_is_out_of_memory(folder, tmp_path, monkeypatch, step):
+    import transformers
+
+    def no_room(*_, **__):
+        torch.empty(1 << 56, device="cpu")
+
+    if step == "load":
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", no_room)
+    else:
+        monkeypatch.setattr(qn, "quantize_model", no_room)
+    message = fails(folder, tmp_path)
+    assert message.startswith("error: out of memory while ") and "To go on: " in message
+
+
 def test_config_file(folder, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("lora-rank: 3\n")

@@ -26,17 +26,27 @@ class OutOfMemoryError(Exception):
     """An allocation failed; the message says during what, and what would need less memory."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    # torch's CPU allocator has no exception type of its own.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    )
+
+
 @contextlib.contextmanager
 def allocating(what: str, remedy: str) -> Iterator[None]:
     """Names what is being allocated, so that running out of memory says more than a byte count.
 
     Raises:
-        OutOfMemoryError: in place of torch's OutOfMemoryError or MemoryError from the body.
+        OutOfMemoryError: in place of what torch or Python raises in the body.
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        first_line = str(error).strip().split("\n")[0]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first_line = str(error).strip().split("\n")[0].rstrip(".") + "."
         raise OutOfMemoryError(
             f"out of memory while {what}: {first_line} To go on: {remedy}"
         ) from error

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 import qlora_native as qn
 from qlora_native import _checks
-from qlora_native.cli.errors import InputError, allocating, require
+from qlora_native.cli.errors import InputError, allocating, is_out_of_memory, require
 from qlora_native.cli.options import RUN_FILE, AdapterOptions, ModelOptions, read_yaml
 from qlora_native.convert import ConversionReport
 
@@ -216,6 +216,8 @@ def load_dense(model: str, dtype: torch.dtype) -> torch.nn.Module:
                 **_where(model),
             )
         except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise InputError(f"--model {model}: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     require(
