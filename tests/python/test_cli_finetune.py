@@ -134,6 +134,23 @@ def test_an_adapter_brings_its_quantization(folder, tmp_path):
     assert "quant_type int4, not nf4" in result.err and "block_size" not in result.err
 
 
+def test_resume_keeps_the_dtype_that_the_first_machine_chose(folder, tmp_path, monkeypatch):
+    from qlora_native.cli import loading
+
+    output = tmp_path / "out"
+    line = arguments(folder, output, max_steps=1, save_steps=1)
+    line.remove("--no-bf16")
+    monkeypatch.setattr(loading, "_cpu_is_fast_in_bf16", lambda: False)
+    result = run_cli(*line)
+    assert result.code == 0, result.err
+    monkeypatch.setattr(loading, "_cpu_is_fast_in_bf16", lambda: True)
+    result = run_cli(*line, "--resume")
+    assert result.code == 2 and "--bf16 was False and is now True" in result.err
+    result = run_cli("finetune", "--config", output / "run.yaml", "--resume")
+    assert result.code == 0, result.err
+    assert json.loads((output / "report.json").read_text())["dtype"] == "float32"
+
+
 def test_resume_refuses_a_run_file_that_is_none(finished, tmp_path):
     output = shutil.copytree(finished[0], tmp_path / "copy")
     config = shutil.copy(output / "run.yaml", tmp_path / "options.yaml")

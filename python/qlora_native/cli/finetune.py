@@ -29,7 +29,8 @@ from qlora_native.cli.trainer import (
 )
 
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "loss.png", RUN_FILE)
-# What may differ between a run and its continuation: it changes no number.
+# What may differ between a run and its continuation: it changes no number but for the device,
+# which changes them by rounding only, as the dtype that it came to is recorded and compared.
 _FREE_ON_RESUME = {
     "output", "overwrite", "resume", "debug", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "device",
@@ -46,10 +47,13 @@ def finetune(options: FinetuneOptions) -> None:
     started = time.perf_counter()
     _check_numbers(options)
     loading.check_quantization(options)
+    where = loading.placement(options)
+    options = dataclasses.replace(
+        options, bf16=where.dtype == torch.bfloat16, fp16=where.dtype == torch.float16
+    )
     resume_from = _check_output(options)
     data.check_files(options.data, "--data")
     data.check_files(options.eval_data or [], "--eval-data")
-    where = loading.placement(options)
     loading.check_model_path(options.model)
     loading.check_context(options.model, options.max_seq_length)
     arguments = _training_arguments(options, where)
