@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -300,21 +300,30 @@ def _linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> tor
         "bias": _address(bias),
         "y": y.data_ptr(),
     }
-    if y.numel() > 0:
-        stream = _stream_and_threads(x.device)
-        plan = _C.matmul_4bit_plan(weight.view, **arguments)
-        if plan == _C.PREFER_DENSE:
-            _dense_linear(rows, bias, weight, y)
-        else:
-            workspace = _workspace(plan, x.device)
-            _C.matmul_4bit(
-                weight.view,
-                **arguments,
-                workspace=_address(workspace),
-                workspace_bytes=plan,
-                stream=stream,
-            )
+    if y.numel() > 0 and not _ran_our_product(
+        _C.matmul_4bit_plan, _C.matmul_4bit, weight, arguments
+    ):
+        _dense_linear(rows, bias, weight, y)
     return y.view(*x.shape[:-1], weight.rows)
+
+
+def _ran_our_product(
+    plan: Callable[..., int], run: Callable[..., None], weight: _Weight, arguments: dict[str, int]
+) -> bool:
+    """Run the core's kernel and return True; return False where a dense product is faster."""
+    stream = _stream_and_threads(weight.device)
+    size_bytes = plan(weight.view, **arguments)
+    if size_bytes == _C.PREFER_DENSE:
+        return False
+    workspace = _workspace(size_bytes, weight.device)
+    run(
+        weight.view,
+        **arguments,
+        workspace=_address(workspace),
+        workspace_bytes=size_bytes,
+        stream=stream,
+    )
+    return True
 
 
 def _dense_linear(
@@ -351,21 +360,11 @@ def _linear_4bit_dx(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
         "dtype": _checks.FLOAT_DTYPES[dy.dtype],
         "dx": dx.data_ptr(),
     }
-    if dx.numel() > 0:
-        stream = _stream_and_threads(dy.device)
-        plan = _C.matmul_4bit_transposed_plan(weight.view, **arguments)
-        if plan == _C.PREFER_DENSE:
-            # One contraction over all of N: summing panels would round dX once a panel.
-            torch.mm(rows, weight.dense(dy.dtype), out=dx)
-        else:
-            workspace = _workspace(plan, dy.device)
-            _C.matmul_4bit_transposed(
-                weight.view,
-                **arguments,
-                workspace=_address(workspace),
-                workspace_bytes=plan,
-                stream=stream,
-            )
+    if dx.numel() > 0 and not _ran_our_product(
+        _C.matmul_4bit_transposed_plan, _C.matmul_4bit_transposed, weight, arguments
+    ):
+        # One contraction over all of N: summing panels would round dX once a panel.
+        torch.mm(rows, weight.dense(dy.dtype), out=dx)
     return dx.view(*dy.shape[:-1], weight.cols)
 
 
