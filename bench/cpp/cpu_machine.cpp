@@ -6,7 +6,7 @@
 
 #include "machine.h"
 
-namespace qn_bench {
+namespace bench {
 namespace {
 
 constexpr std::align_val_t kAlignment{256};
@@ -78,4 +78,4 @@ double median_seconds(const std::function<double()>& run, int rounds) {
 
 std::unique_ptr<Machine> make_cpu_machine() { return std::make_unique<CpuMachine>(); }
 
-}  // namespace qn_bench
+}  // namespace bench

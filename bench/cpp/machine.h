@@ -11,7 +11,7 @@
 #include "qlora_native/device.h"
 #include "qlora_native/stream.h"
 
-namespace qn_bench {
+namespace bench {
 
 class Machine {
  public:
@@ -89,4 +89,4 @@ std::unique_ptr<Machine> make_cpu_machine();
 /// Null when this build or this machine has no CUDA device.
 std::unique_ptr<Machine> make_cuda_machine();
 
-}  // namespace qn_bench
+}  // namespace bench

@@ -1,8 +1,8 @@
 // In the place of cuda_machine.cpp where the core is built without CUDA.
 #include "machine.h"
 
-namespace qn_bench {
+namespace bench {
 
 std::unique_ptr<Machine> make_cuda_machine() { return nullptr; }
 
-}  // namespace qn_bench
+}  // namespace bench

@@ -9,7 +9,7 @@
 #include "machine.h"
 #include "qlora_native/qlora_native.h"
 
-namespace qn_bench {
+namespace bench {
 
 struct Shape {
   int64_t n = 0;
@@ -37,17 +37,21 @@ class QuantizedWeight {
   qlora_native::Device device_;
 };
 
-/// The operations on one weight: bf16 throughout. Calls made by the functions below use one copy of
-/// their inputs and outputs each; `prepare_*` say how many bytes a call has to move.
+/// Calls that do the same on different memory, and what one of them has to do.
+struct Work {
+  std::vector<std::function<void()>> calls;
+  int64_t bytes_per_call = 0;
+  int64_t weight_bytes_per_call = 0;  ///< those of the 4-bit weight among them
+  int64_t flops_per_call = 0;
+  std::string kernel{};
+  /// Whether a caller with a tuned dense product is told to use that instead.
+  bool prefers_dense = false;
+};
+
+/// The operations on one weight. A new work of a problem ends the one before.
 class Problem {
  public:
-  Problem(Machine& machine, Shape shape);
-
-  struct Work {
-    std::vector<std::function<void()>> calls;
-    int64_t bytes_per_call = 0;
-    int64_t flops_per_call = 0;
-  };
+  Problem(Machine& machine, Shape shape, qlora_native::DType dtype);
 
   Work quantize();
   Work dequantize();
@@ -55,7 +59,7 @@ class Problem {
   Work matmul_transposed(int64_t m);
 
   Shape shape() const { return shape_; }
-  Machine& machine() const { return machine_; }
+  qlora_native::DType dtype() const { return dtype_; }
 
   // For verification: the dense weight, the first quantized copy, and the last work's first arrays.
   const Buffer& dense() const { return dense_.front(); }
@@ -64,6 +68,7 @@ class Problem {
   const Buffer& output() const { return outputs_.front(); }
 
  private:
+  int64_t elem_bytes() const { return qlora_native::size_bytes(dtype_); }
   int64_t copies(int64_t bytes_each) const;
   /// Makes at least `count` copies of the quantized weight.
   void grow_quantized(int64_t count);
@@ -71,10 +76,12 @@ class Problem {
   void make_activations(int64_t rows, int64_t cols);
   void make_workspaces(const std::vector<int64_t>& sizes);
   qlora_native::Workspace workspace(size_t index) const;
-  qlora_native::VectorView vector(const Buffer& buffer, int64_t size) const;
+  /// The costs of a product with m rows of activations; no calls yet.
+  Work product(int64_t m) const;
 
   Machine& machine_;
   Shape shape_;
+  qlora_native::DType dtype_;
   std::vector<Buffer> dense_;
   std::vector<QuantizedWeight> quantized_;
   std::vector<Buffer> outputs_;
@@ -82,4 +89,4 @@ class Problem {
   Buffer activations_;
 };
 
-}  // namespace qn_bench
+}  // namespace bench

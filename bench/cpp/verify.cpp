@@ -1,23 +1,19 @@
 #include "verify.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
+#include <vector>
 
-namespace qn_bench {
+#include "elements.h"
+
+namespace bench {
 namespace {
 
 namespace qn = qlora_native;
 
 constexpr int64_t kSampledBlocks = 4096;
 constexpr int64_t kSampledOutputs = 64;
-
-float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-
-uint16_t to_bf16(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
+constexpr int64_t kSampledRows = 9;
 
 /// A quantized weight on the host, decoded element by element.
 class HostWeight {
@@ -70,28 +66,47 @@ std::string wrong(const char* what, int64_t index, double got, double expected) 
          ", expected " + std::to_string(expected);
 }
 
+/// How far a product may be off: a part of its size, and a part of the sizes that were added up.
+struct Tolerance {
+  double of_sum;
+  double of_magnitude;
+};
+
+/// One rounding of the result, and sums in fp32 that may round the weight to the dtype (fp32: to
+/// TF32) first.
+Tolerance tolerance_of(qn::DType dtype) {
+  switch (dtype) {
+    case qn::DType::kFloat32:
+      return {1e-5, 1.0 / 16384};
+    case qn::DType::kFloat16:
+      return {1.0 / 1024, 1.0 / 4096};
+    default:
+      return {1.0 / 128, 1.0 / 2048};
+  }
+}
+
 /// Compares sampled outputs [m, outputs] with sums in fp64; `weight_at(output, i)` is the factor of
 /// activation i of a row.
 template <class WeightAt>
 std::string check_product(const Problem& problem, int64_t m, int64_t outputs, int64_t depth,
                           WeightAt weight_at) {
-  const std::vector<uint16_t> x = problem.activations().to_host<uint16_t>(m * depth);
-  const std::vector<uint16_t> y = problem.output().to_host<uint16_t>(m * outputs);
-  const std::vector<int64_t> rows = spread(m, 4);
+  const HostArray x(problem.activations(), m * depth, problem.dtype());
+  const HostArray y(problem.output(), m * outputs, problem.dtype());
+  const Tolerance tolerance = tolerance_of(problem.dtype());
+  const std::vector<int64_t> rows = spread(m, kSampledRows);
+  std::vector<double> factors(static_cast<size_t>(depth));
   for (const int64_t output : spread(outputs, kSampledOutputs)) {
+    for (int64_t i = 0; i < depth; ++i) factors[static_cast<size_t>(i)] = weight_at(output, i);
     for (const int64_t row : rows) {
       double sum = 0;
       double magnitude = 0;
       for (int64_t i = 0; i < depth; ++i) {
-        const double term =
-            static_cast<double>(from_bf16(x[static_cast<size_t>(row * depth + i)])) *
-            weight_at(output, i);
+        const double term = x[row * depth + i] * factors[static_cast<size_t>(i)];
         sum += term;
         magnitude += std::abs(term);
       }
-      const double got = from_bf16(y[static_cast<size_t>(row * outputs + output)]);
-      // One rounding to bf16, and sums that round the weight to bf16 or add up in fp32.
-      const double limit = std::abs(sum) / 128 + magnitude / 2048;
+      const double got = y[row * outputs + output];
+      const double limit = std::abs(sum) * tolerance.of_sum + magnitude * tolerance.of_magnitude;
       if (!(std::abs(got - sum) <= limit)) return wrong("output", row * outputs + output, got, sum);
     }
   }
@@ -103,18 +118,17 @@ std::string check_product(const Problem& problem, int64_t m, int64_t outputs, in
 std::string check_quantized(const Problem& problem) {
   const HostWeight weight(problem);
   const int64_t numel = problem.shape().n * problem.shape().k;
-  const std::vector<uint16_t> dense = problem.dense().to_host<uint16_t>(numel);
+  const HostArray dense(problem.dense(), numel, problem.dtype());
   for (const int64_t block : spread(weight.num_blocks(), kSampledBlocks)) {
     const int64_t begin = block * weight.block_size();
     const int64_t end = std::min(numel, begin + weight.block_size());
     float absmax = 0;
     for (int64_t e = begin; e < end; ++e) {
-      absmax = std::max(absmax, std::abs(from_bf16(dense[static_cast<size_t>(e)])));
+      absmax = std::max(absmax, std::abs(dense[e]));
     }
     const float inverse = absmax > 0 ? 1 / absmax : 0;
     for (int64_t e = begin; e < end; ++e) {
-      const uint8_t expected =
-          qn::encode_4bit(weight.codebook(), from_bf16(dense[static_cast<size_t>(e)]) * inverse);
+      const uint8_t expected = qn::encode_4bit(weight.codebook(), dense[e] * inverse);
       if (weight.code(e) != expected) return wrong("code", e, weight.code(e), expected);
     }
     // Eight bits and a sign for the distance from the mean leave this much.
@@ -128,13 +142,15 @@ std::string check_quantized(const Problem& problem) {
 std::string check_dequantized(const Problem& problem) {
   const HostWeight weight(problem);
   const int64_t numel = problem.shape().n * problem.shape().k;
-  const std::vector<uint16_t> output = problem.output().to_host<uint16_t>(numel);
+  const HostArray output(problem.output(), numel, problem.dtype());
   for (const int64_t block : spread(weight.num_blocks(), kSampledBlocks)) {
     const int64_t begin = block * weight.block_size();
     for (int64_t e = begin; e < std::min(numel, begin + weight.block_size()); ++e) {
-      const uint16_t expected = to_bf16(weight.value(e));
-      const uint16_t got = output[static_cast<size_t>(e)];
-      if (got != expected) return wrong("element", e, from_bf16(got), from_bf16(expected));
+      const double expected = weight.value(e);
+      const double got = output[e];
+      if (!(std::abs(got - expected) <= half_ulp(expected, problem.dtype()))) {
+        return wrong("element", e, got, expected);
+      }
     }
   }
   return "";
@@ -155,4 +171,4 @@ std::string check_matmul_transposed(const Problem& problem, int64_t m) {
   });
 }
 
-}  // namespace qn_bench
+}  // namespace bench

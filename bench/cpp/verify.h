@@ -6,7 +6,7 @@
 
 #include "problem.h"
 
-namespace qn_bench {
+namespace bench {
 
 /// Each returns "" or what is wrong. The work in question has run.
 std::string check_quantized(const Problem& problem);
@@ -14,4 +14,4 @@ std::string check_dequantized(const Problem& problem);
 std::string check_matmul(const Problem& problem, int64_t m);
 std::string check_matmul_transposed(const Problem& problem, int64_t m);
 
-}  // namespace qn_bench
+}  // namespace bench
