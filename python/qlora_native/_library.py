@@ -6,14 +6,14 @@ Gradients are in `_autograd`.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from qlora_native import _C, _checks, _threads
+from qlora_native._weight import Weight, address, device_code, stream_and_threads
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
@@ -30,130 +30,6 @@ LIBRARY.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 LIBRARY.define(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor")
 
 _threads.share_torch_threads()
-
-_DENSE_PANEL_BYTES = 8 << 20
-"""On a CPU the dense forward decodes the weight in row panels of about this size: they stay in the
-caches, and need little memory."""
-
-_SCRATCH_BYTES = 64 << 20
-"""Each thread keeps at most this much memory for dense weights on a CPU. Fresh memory costs four
-times the decoding in page faults: glibc gives large blocks back to the system at once."""
-
-_thread = threading.local()
-
-
-def _device_code(device: torch.device) -> int:
-    if device.type == "cpu":
-        return -1
-    if device.type == "cuda":
-        return device.index
-    raise NotImplementedError(f"qlora_native runs on cpu and cuda devices, not on {device.type}")
-
-
-def _stream_and_threads(device: torch.device) -> int:
-    """Return the handle of torch's current stream; on a CPU, follow torch.set_num_threads."""
-    if device.type == "cuda":
-        return torch._C._cuda_getCurrentRawStream(device.index)
-    _C.set_cpu_threads(torch.get_num_threads())
-    return 0
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-class _Weight:
-    """The parts of a 4-bit matrix, checked, and the core's view of them."""
-
-    def __init__(
-        self,
-        packed: torch.Tensor,
-        absmax: torch.Tensor,
-        absmax2: torch.Tensor | None,
-        offset: torch.Tensor | None,
-        shape: Sequence[int],
-        block_size: int,
-        codebook: _C.Codebook,
-    ) -> None:
-        rows, cols = shape if len(shape) == 2 else (1, _checks.numel_of(shape))
-        self.parts = (packed, absmax, absmax2, offset)
-        self.shape, self.rows, self.cols = shape, rows, cols
-        self.block_size, self.codebook = block_size, codebook
-        self.device = packed.device
-        self.view = _C.WeightView.make(
-            packed=packed.data_ptr(),
-            absmax=absmax.data_ptr(),
-            absmax2=_address(absmax2),
-            offset=_address(offset),
-            double_quant=offset is not None,
-            rows=rows,
-            cols=cols,
-            block_size=block_size,
-            codebook=codebook,
-            device=_device_code(packed.device),
-        )
-
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the dense matrix."""
-        return self._dequantize_to(
-            torch.empty(self.rows, self.cols, dtype=dtype, device=self.device)
-        )
-
-    def _dequantize_to(self, out: torch.Tensor) -> torch.Tensor:
-        _C.dequantize_4bit(
-            self.view,
-            output=out.data_ptr(),
-            dtype=_checks.FLOAT_DTYPES[out.dtype],
-            stream=_stream_and_threads(self.device),
-        )
-        return out
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the dense matrix, on a CPU in scratch memory that the next call may overwrite."""
-        if self.device.type != "cpu":
-            return self.dequantize(dtype)
-        buffer = _cpu_scratch(self.rows * self.cols, dtype)
-        return self._dequantize_to(buffer.view(self.rows, self.cols))
-
-    def dense_panels(self, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first row, dense rows) over the whole matrix, which is one panel on a GPU.
-
-        The rows are in a buffer that the next panel overwrites. Panels start at a group's (or a
-        block's) boundary.
-        """
-        packed, absmax, absmax2, offset = self.parts
-        unit = self.block_size * (_C.GROUP_SIZE if offset is not None else 1)
-        step = unit // math.gcd(unit, self.cols)
-        step *= max(1, _DENSE_PANEL_BYTES // (step * self.cols * dtype.itemsize))
-        if self.device.type != "cpu" or step >= self.rows:
-            yield 0, self.dense(dtype)
-            return
-        buffer = _cpu_scratch(step * self.cols, dtype).view(step, self.cols)
-        for first in range(0, self.rows, step):
-            rows = min(step, self.rows - first)
-            begin, numel = first * self.cols, rows * self.cols
-            blocks = slice(begin // self.block_size, None)
-            panel = _Weight(
-                packed.view(-1)[begin // 2 : begin // 2 + _checks.packed_bytes(numel)],
-                absmax.view(-1)[blocks],
-                None if absmax2 is None else absmax2[begin // unit :],
-                offset,
-                (rows, self.cols),
-                self.block_size,
-                self.codebook,
-            )
-            yield first, panel._dequantize_to(buffer[:rows])
-
-
-def _cpu_scratch(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return `numel` elements of memory that the calling thread will use again."""
-    size_bytes = numel * dtype.itemsize
-    if size_bytes > _SCRATCH_BYTES:
-        return torch.empty(numel, dtype=dtype)
-    kept = getattr(_thread, "scratch", None)
-    if kept is None or kept.numel() < size_bytes:
-        kept = _thread.scratch = torch.empty(size_bytes, dtype=torch.uint8)
-    return kept[:size_bytes].view(dtype)
 
 
 def _check_parts(
@@ -181,10 +57,10 @@ def _checked_weight(
     block_size: int,
     quant_type: str,
     codebook: Sequence[float] | None,
-) -> _Weight:
+) -> Weight:
     _checks.check_weight(packed, absmax, absmax2, offset, shape, block_size)
     book = _checks.codebook(quant_type, codebook)
-    return _Weight(packed, absmax, absmax2, offset, shape, block_size, book)
+    return Weight(packed, absmax, absmax2, offset, shape, block_size, book)
 
 
 def _workspace(size_bytes: int, device: torch.device) -> torch.Tensor | None:
@@ -222,20 +98,20 @@ def _quantize_4bit(
         cols=input.numel(),
         block_size=block_size,
         codebook=_checks.codebook(quant_type, codebook),
-        device=_device_code(input.device),
+        device=device_code(input.device),
     )
     arguments = {
         "input": input.data_ptr(),
         "dtype": _checks.FLOAT_DTYPES[input.dtype],
-        "pinned_offset": _address(offset),
+        "pinned_offset": address(offset),
     }
-    stream = _stream_and_threads(input.device)
+    stream = stream_and_threads(input.device)
     size_bytes = _C.quantize_4bit_workspace_bytes(view, **arguments)
     workspace = _workspace(size_bytes, input.device)
     _C.quantize_4bit(
         view,
         **arguments,
-        workspace=_address(workspace),
+        workspace=address(workspace),
         workspace_bytes=size_bytes,
         stream=stream,
     )
@@ -297,7 +173,7 @@ def _linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> tor
         "m": rows.shape[0],
         "row_stride": row_stride,
         "dtype": _checks.FLOAT_DTYPES[x.dtype],
-        "bias": _address(bias),
+        "bias": address(bias),
         "y": y.data_ptr(),
     }
     if y.numel() > 0 and not _ran_our_product(
@@ -308,10 +184,10 @@ def _linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> tor
 
 
 def _ran_our_product(
-    plan: Callable[..., int], run: Callable[..., None], weight: _Weight, arguments: dict[str, int]
+    plan: Callable[..., int], run: Callable[..., None], weight: Weight, arguments: dict[str, int]
 ) -> bool:
     """Run the core's kernel and return True; return False where a dense product is faster."""
-    stream = _stream_and_threads(weight.device)
+    stream = stream_and_threads(weight.device)
     size_bytes = plan(weight.view, **arguments)
     if size_bytes == _C.PREFER_DENSE:
         return False
@@ -319,7 +195,7 @@ def _ran_our_product(
     run(
         weight.view,
         **arguments,
-        workspace=_address(workspace),
+        workspace=address(workspace),
         workspace_bytes=size_bytes,
         stream=stream,
     )
@@ -327,7 +203,7 @@ def _ran_our_product(
 
 
 def _dense_linear(
-    x: torch.Tensor, bias: torch.Tensor | None, weight: _Weight, y: torch.Tensor
+    x: torch.Tensor, bias: torch.Tensor | None, weight: Weight, y: torch.Tensor
 ) -> None:
     for first, dense in weight.dense_panels(x.dtype):
         rows = dense.shape[0]

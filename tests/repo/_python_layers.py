@@ -12,6 +12,7 @@ PACKAGE = "qlora_native"
 LAYERS = (
     ("_C", "_files"),
     ("_checks", "_threads"),
+    ("_weight",),
     ("_library",),
     ("_autograd",),
     ("functional", "kernels"),
