@@ -53,7 +53,7 @@ demo: build
 	$(BIN)/python examples/demo/demo.py
 
 bench: build
-	$(BIN)/python bench/python/compare.py
+	$(BIN)/python bench/python/peers.py
 
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS)

@@ -1,4 +1,4 @@
-"""Bars per operation from the JSON that bench/python/compare.py writes.
+"""Bars per operation from the JSON that bench/python/peers.py writes.
 
     python bench/plot.py bench/results/machine.json machine.png
 
@@ -96,7 +96,7 @@ def _time(us: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON from bench/python/compare.py")
+    parser.add_argument("report", type=Path, help="JSON from bench/python/peers.py")
     parser.add_argument("target", type=Path, help="image to write: .png, .svg or .pdf")
     options = parser.parse_args()
     draw(json.loads(options.report.read_text()), options.target)

@@ -159,7 +159,9 @@ class Session:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", f"--junitxml={results}"]
         if self.options.slow:
             command.append("--slow")
-        status = run(self.log("python-tests"), [*command, "tests/python"], package_env())
+        status = run(
+            self.log("python-tests"), [*command, "tests/python", "tests/bench"], package_env()
+        )
         if not results.is_file():
             raise StepFailedError(f"pytest ended with status {status} and left no results")
         suite = ElementTree.parse(results).getroot().find("testsuite")
@@ -255,7 +257,7 @@ class Session:
         measured.unlink(missing_ok=True)
         command = [
             sys.executable,
-            "bench/python/compare.py",
+            "bench/python/peers.py",
             "--device",
             "cuda",
             "--json",
@@ -264,7 +266,7 @@ class Session:
         if not self.options.full_bench:
             command.append("--quick")
         if run(self.log("bench"), command, package_env()) or not measured.is_file():
-            raise StepFailedError("bench/python/compare.py failed")
+            raise StepFailedError("bench/python/peers.py failed")
         report = {**json.loads(measured.read_text())}
         records = report.pop("records")
         target = ROOT / "bench" / "results" / f"{self.gpu.slug}.json"

@@ -1,21 +1,39 @@
-"""The rivals, behind one interface: this library, bitsandbytes and a dense weight."""
+"""The rivals, behind one interface: this library, bitsandbytes, torchao and a dense weight."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import importlib.util
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
+
+OPS = ("quantize", "dequantize", "linear", "linear_backward")
+PRODUCTS = ("linear", "linear_backward")
+NAMES = ("qlora_native", "bitsandbytes", "bitsandbytes packed", "torchao", "dense")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What every rival is asked for."""
+
+    quant_type: str
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Implementation(Protocol):
     """A way to hold a weight W[N, K] and to multiply with it."""
 
     name: str
-    quantizes: bool
-    quantize_is_capturable: bool
+    ops: tuple[str, ...]
+    eager_ops: tuple[str, ...]
+    """Operations that a CUDA graph cannot hold: they are timed eagerly instead."""
 
     def quantize(self, weight: torch.Tensor) -> Any:
         """Return what the implementation keeps of a dense weight."""
@@ -24,7 +42,10 @@ class Implementation(Protocol):
         """Return the main tensor of what `quantize` returned."""
 
     def dequantize(self, quantized: Any) -> torch.Tensor:
-        """Return the dense weight."""
+        """Return the dense weight in the setting's dtype."""
+
+    def exact(self, quantized: Any) -> torch.Tensor:
+        """Return the dense weight that the codes stand for, in fp32 where that can be had."""
 
     def linear(self, x: torch.Tensor, quantized: Any) -> torch.Tensor:
         """Return x @ W.T."""
@@ -35,28 +56,46 @@ class Implementation(Protocol):
     def nbytes(self, quantized: Any) -> int:
         """Return the bytes that the weight takes."""
 
+    def kernel(self, op: str, shape: tuple[int, int], m: int | None) -> str:
+        """Return the name of what does the work, "" where that is not known."""
+
 
 class Ours:
     """qlora_native."""
 
     name = "qlora_native"
-    quantizes = True
-    quantize_is_capturable = True
+    ops = OPS
+    eager_ops = ()
 
-    def __init__(self, quant_type: str, block_size: int) -> None:
+    _CORE_OPS = {  # noqa: RUF012
+        "quantize": "quantize_4bit",
+        "dequantize": "dequantize_4bit",
+        "linear": "matmul_4bit",
+        "linear_backward": "matmul_4bit_transposed",
+    }
+
+    def __init__(self, setting: Setting) -> None:
         import qlora_native
 
         self._qn = qlora_native
-        self._settings = {"quant_type": quant_type, "block_size": block_size, "double_quant": True}
+        self._setting = setting
 
     def quantize(self, weight: torch.Tensor) -> Any:
-        return self._qn.quantize_4bit(weight, **self._settings)
+        return self._qn.quantize_4bit(
+            weight,
+            quant_type=self._setting.quant_type,
+            block_size=self._setting.block_size,
+            double_quant=True,
+        )
 
     def result(self, quantized: Any) -> torch.Tensor:
         return quantized.packed
 
     def dequantize(self, quantized: Any) -> torch.Tensor:
         return self._qn.dequantize_4bit(quantized)
+
+    def exact(self, quantized: Any) -> torch.Tensor:
+        return self._qn.dequantize_4bit(quantized, torch.float32)
 
     def linear(self, x: torch.Tensor, quantized: Any) -> torch.Tensor:
         return self._qn.linear_4bit(x, quantized)
@@ -70,31 +109,45 @@ class Ours:
     def nbytes(self, quantized: Any) -> int:
         return quantized.nbytes
 
+    def kernel(self, op: str, shape: tuple[int, int], m: int | None) -> str:
+        return self._qn.kernels.selected_for(
+            self._CORE_OPS[op],
+            shape,
+            m=m or 1,
+            dtype=self._setting.dtype,
+            device=self._setting.device,
+            quant_type=self._setting.quant_type,
+            block_size=self._setting.block_size,
+        )
 
-class BitsAndBytes:
+
+class _Peer:
+    """What the rivals share."""
+
+    eager_ops: tuple[str, ...] = ()
+
+    def kernel(self, op: str, shape: tuple[int, int], m: int | None) -> str:
+        return ""
+
+
+class BitsAndBytes(_Peer):
     """bitsandbytes' functional API, nested statistics."""
 
     name = "bitsandbytes"
-    quantizes = True
+    ops = OPS
     # Its quantization kernels run on the legacy default stream: a capture would not see them.
-    quantize_is_capturable = False
+    eager_ops = ("quantize",)
 
-    def __init__(self, quant_type: str, block_size: int) -> None:
-        import bitsandbytes
-
-        self._bnb = bitsandbytes
-        self._quant_type, self._block_size = quant_type, block_size
-
-    @staticmethod
-    def is_installed() -> bool:
-        return importlib.util.find_spec("bitsandbytes") is not None
+    def __init__(self, bnb: ModuleType, setting: Setting) -> None:
+        self._bnb = bnb
+        self._setting = setting
 
     def quantize(self, weight: torch.Tensor) -> Any:
         return self._bnb.functional.quantize_4bit(
             weight,
-            blocksize=self._block_size,
+            blocksize=self._setting.block_size,
             compress_statistics=True,
-            quant_type=self._quant_type,
+            quant_type=self._setting.quant_type,
         )
 
     def result(self, quantized: Any) -> torch.Tensor:
@@ -102,6 +155,12 @@ class BitsAndBytes:
 
     def dequantize(self, quantized: Any) -> torch.Tensor:
         return self._bnb.functional.dequantize_4bit(*quantized)
+
+    def exact(self, quantized: Any) -> torch.Tensor:
+        packed, state = quantized
+        state = copy.copy(state)
+        state.dtype = torch.float32
+        return self._bnb.functional.dequantize_4bit(packed, state)
 
     def linear(self, x: torch.Tensor, quantized: Any) -> torch.Tensor:
         packed, state = quantized
@@ -117,12 +176,103 @@ class BitsAndBytes:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-class Dense:
+class BitsAndBytesPacked(_Peer):
+    """bitsandbytes' layer in inference on a CPU with AVX-512 BF16.
+
+    Its first forward pass repacks the weight in place, with bf16 scales and no nested statistics;
+    so it has a weight of its own here. It has no gradients.
+    """
+
+    name = "bitsandbytes packed"
+    ops = ("linear",)
+
+    def __init__(self, plain: BitsAndBytes, bnb: ModuleType) -> None:
+        self._plain = plain
+        self._bnb = bnb
+
+    @staticmethod
+    def runs(bnb: ModuleType, setting: Setting) -> bool:
+        """Whether this processor and this version have the path, which computes in bf16 only."""
+        has_it = getattr(bnb.functional, "has_avx512bf16", bool)()
+        fits = setting.dtype == torch.bfloat16 and setting.block_size == 64
+        return bool(setting.device.type == "cpu" and has_it and fits)
+
+    def quantize(self, weight: torch.Tensor) -> Any:
+        rows, cols = weight.shape
+        layer = self._bnb.nn.Linear4bit(
+            cols, rows, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+        )
+        layer.weight = self._bnb.nn.Params4bit(
+            weight.clone(),
+            requires_grad=False,
+            quant_type=self._plain._setting.quant_type,
+            module=layer,
+        )
+        layer = layer.to("cpu").eval()
+        with torch.no_grad():
+            layer(weight.new_zeros(1, cols))
+        if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise RuntimeError("bitsandbytes did not repack the weight")
+        return layer, self._plain.quantize(weight)
+
+    def result(self, quantized: Any) -> torch.Tensor:
+        return quantized[0].weight
+
+    def dequantize(self, quantized: Any) -> torch.Tensor:
+        return self._plain.dequantize(quantized[1])
+
+    def exact(self, quantized: Any) -> torch.Tensor:
+        return self._plain.exact(quantized[1])
+
+    def linear(self, x: torch.Tensor, quantized: Any) -> torch.Tensor:
+        return quantized[0](x)
+
+    def clone(self, quantized: Any) -> Any:
+        return copy.deepcopy(quantized)
+
+    def nbytes(self, quantized: Any) -> int:
+        weight = quantized[0].weight
+        return weight.nbytes + weight.quant_state.absmax.nbytes
+
+
+class TorchAo(_Peer):
+    """torchao's NF4Tensor: its own double quantization, made of torch's operations."""
+
+    name = "torchao"
+    ops = OPS
+    eager_ops = OPS
+
+    def __init__(self, to_nf4: Callable[..., Any], setting: Setting) -> None:
+        self._to_nf4 = to_nf4
+        self._setting = setting
+
+    def quantize(self, weight: torch.Tensor) -> Any:
+        return self._to_nf4(weight, block_size=self._setting.block_size, scaler_block_size=256)
+
+    def result(self, quantized: Any) -> torch.Tensor:
+        return quantized.quantized_data
+
+    def dequantize(self, quantized: Any) -> torch.Tensor:
+        return quantized.get_original_weight()
+
+    def exact(self, quantized: Any) -> torch.Tensor:
+        return quantized.get_original_weight().float()
+
+    def linear(self, x: torch.Tensor, quantized: Any) -> torch.Tensor:
+        return torch.nn.functional.linear(x, quantized)
+
+    def clone(self, quantized: Any) -> Any:
+        return quantized.clone()
+
+    def nbytes(self, quantized: Any) -> int:
+        return sum(getattr(quantized, part).nbytes for part in quantized.__tensor_flatten__()[0])
+
+
+class Dense(_Peer):
     """torch's linear over the unquantized weight."""
 
     name = "dense"
-    quantizes = False
-    quantize_is_capturable = True
+    ops = PRODUCTS
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -132,6 +282,9 @@ class Dense:
 
     def dequantize(self, quantized: torch.Tensor) -> torch.Tensor:
         return quantized
+
+    def exact(self, quantized: torch.Tensor) -> torch.Tensor:
+        return quantized.float()
 
     def linear(self, x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, quantized)
@@ -143,10 +296,27 @@ class Dense:
         return quantized.nbytes
 
 
-def available(quant_type: str, block_size: int) -> list[Implementation]:
-    """Return the implementations that this environment has."""
-    found: list[Implementation] = [Ours(quant_type, block_size)]
-    if BitsAndBytes.is_installed() and quant_type in ("nf4", "fp4"):
-        found.append(BitsAndBytes(quant_type, block_size))
-    found.append(Dense())
-    return found
+def find_to_nf4() -> Callable[..., Any] | None:
+    """Return torchao's `to_nf4`, wherever its version keeps it, or None."""
+    if importlib.util.find_spec("torchao") is None:
+        return None
+    for name in ("torchao.quantization", "torchao.dtypes"):
+        found = getattr(importlib.import_module(name), "to_nf4", None)
+        if found is not None:
+            return found
+    return None
+
+
+def available(setting: Setting) -> Iterator[Implementation]:
+    """Yield the implementations that this environment has, ours first."""
+    yield Ours(setting)
+    if setting.quant_type in ("nf4", "fp4") and importlib.util.find_spec("bitsandbytes"):
+        bnb = importlib.import_module("bitsandbytes")
+        plain = BitsAndBytes(bnb, setting)
+        yield plain
+        if BitsAndBytesPacked.runs(bnb, setting):
+            yield BitsAndBytesPacked(plain, bnb)
+    to_nf4 = find_to_nf4()
+    if to_nf4 is not None and setting.quant_type == "nf4":
+        yield TorchAo(to_nf4, setting)
+    yield Dense()

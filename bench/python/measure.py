@@ -20,6 +20,8 @@ import torch
 Call = Callable[[], torch.Tensor]
 
 _PAUSE_S = 0.005
+_EAGER_CALLS = 32
+_GRAPH_NODES = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,34 @@ def time_on_cuda(works: dict[str, Work], rounds: int, budget_s: float) -> dict[s
     }
 
 
+def time_eagerly(works: dict[str, Work], rounds: int, budget_s: float) -> dict[str, Timing]:
+    """Time calls as a program makes them on CUDA: wall time a call, the host's work in it.
+
+    A sample goes through all of a work's calls, several times if they are few, and waits once.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        _eager_us(work)
+    deadline = time.perf_counter() + budget_s
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() > deadline:
+            break
+        for name, work in works.items():
+            samples[name].append(_eager_us(work))
+    return {name: _timing(values, "wall") for name, values in samples.items()}
+
+
+def _eager_us(work: Work) -> float:
+    passes = -(-_EAGER_CALLS // len(work.calls))
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(passes):
+        for call in work.calls:
+            call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e6 / (passes * len(work.calls))
+
+
 def time_works(
     works: dict[str, Work], device: torch.device, rounds: int, budget_s: float
 ) -> dict[str, Timing]:
@@ -143,6 +173,13 @@ def copy_tb_per_s(device: torch.device) -> float:
     work = Work([lambda: target.copy_(source)])
     timing = time_works({"copy": work}, device, rounds=30, budget_s=5.0)["copy"]
     return 2 * size / timing.median_us / 1e6
+
+
+def graph_node_us() -> float:
+    """Return the least that a kernel costs as a node of a CUDA graph: one element is touched."""
+    element = torch.zeros(1, device="cuda")
+    work = Work([lambda: element.add_(1)] * _GRAPH_NODES)
+    return time_on_cuda({"node": work}, rounds=30, budget_s=5.0)["node"].median_us
 
 
 def _median_event_us(call: Callable[[], object], rounds: int) -> float:

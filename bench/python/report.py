@@ -1,4 +1,4 @@
-"""Records: what is kept of a run, as JSON and as a table."""
+"""Records: what is kept of a run, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+SCHEMA_VERSION = 2
+"""Of the JSON; reports without the key are of version 1. bench/README.md says what it holds."""
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+OURS = "qlora_native"
+SHORT = {OURS: "ours", "bitsandbytes": "bnb", "bitsandbytes packed": "bnb packed"}
+"""What the tables call an implementation, where its name is too long."""
 
 
 def commit() -> str:
@@ -59,26 +68,49 @@ def versions() -> dict[str, str]:
         found["torch_cuda"] = torch.version.cuda
     found["qlora_native"] = qlora_native.__version__
     found.update({f"core_{key}": value for key, value in qlora_native.build_info().items()})
-    try:
-        found["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
-    except importlib.metadata.PackageNotFoundError:
-        found["bitsandbytes"] = ""
+    for peer in ("bitsandbytes", "torchao"):
+        try:
+            found[peer] = importlib.metadata.version(peer)
+        except importlib.metadata.PackageNotFoundError:
+            found[peer] = ""
     return found
 
 
-def machine(device: torch.device, copy_tb_per_s: float) -> dict[str, Any]:
+def machine(device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
     """Return the head of a report."""
     head: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "driver": driver_version() if device.type == "cuda" else "",
         "versions": versions(),
-        "copy_tb_per_s": copy_tb_per_s,
+        **ceilings,
     }
     if device.type == "cpu":
         head["threads"] = torch.get_num_threads()
     return head
+
+
+def slug(head: dict[str, Any]) -> str:
+    """Return the machine's name as that of a file: NVIDIA H200 -> nvidia-h200."""
+    name = re.sub(r"\((?:r|tm)\)", "", head["device"].lower())
+    if "threads" in head:
+        name += f" {head['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def head_lines(head: dict[str, Any]) -> Iterator[str]:
+    """Yield what a reader of the figures has to know."""
+    yield f"{head['device']}  (commit {head['commit'][:12]}, {head['date']})"
+    if "threads" in head:
+        yield f"threads: {head['threads']}"
+    if head["driver"]:
+        yield f"driver: {head['driver']}"
+    yield "  ".join(f"{name} {version}" for name, version in head["versions"].items() if version)
+    yield f"ceiling, a large copy: {head['copy_tb_per_s']:.4f} TB/s, bytes read plus written"
+    if "graph_node_us" in head:
+        yield f"floor, a kernel that does nothing in a CUDA graph: {head['graph_node_us']:.2f} us"
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
@@ -89,29 +121,99 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _row_key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return record["op"], tuple(record["shape"]), record["m"], record.get("memory")
+Record = dict[str, Any]
+Row = dict[str, Record]
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Return the records as text: a row per problem, a column per implementation."""
-    names = list(dict.fromkeys(record["impl"] for record in records))
-    rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+def rows_of(records: Sequence[Record]) -> dict[tuple[Any, ...], Row]:
+    """Return {(op, shape, m, memory): {implementation: record}}, in the order of the records."""
+    rows: dict[tuple[Any, ...], Row] = {}
     for record in records:
-        rows.setdefault(_row_key(record), {})[record["impl"]] = record
-    head = ["op", "shape", "M", "memory", *(f"{name} us" for name in names)]
-    head += [f"{name}: of copy" for name in names[:1]] + [f"vs {name}" for name in names[1:]]
-    cells = [head]
-    for (op, shape, m, memory), by_name in rows.items():
-        ours = by_name.get(names[0])
-        line = [op, "x".join(map(str, shape)), "" if m is None else str(m), memory or ""]
-        line += [f"{by_name[name]['median_us']:.1f}" if name in by_name else "-" for name in names]
-        line.append(f"{ours['fraction_of_copy']:.0%}" if ours else "-")
-        for name in names[1:]:
-            both = ours and name in by_name
-            line.append(f"{by_name[name]['median_us'] / ours['median_us']:.2f}x" if both else "-")
-        cells.append(line)
-    return _aligned(cells)
+        key = record["op"], tuple(record["shape"]), record["m"], record.get("memory")
+        rows.setdefault(key, {})[record["impl"]] = record
+    return rows
+
+
+def ratio(row: Row, rival: str, field: str = "median_us") -> float | None:
+    """Return how many times as long as ours the rival takes; more than 1: ours is faster."""
+    ours, other = (row.get(name, {}).get(field) for name in (OURS, rival))
+    return other / ours if ours and other else None
+
+
+def ratio_text(row: Row, rival: str, field: str = "median_us") -> str:
+    value = ratio(row, rival, field)
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def tables(records: Sequence[Record]) -> str:
+    """Return the records as text: times, then errors, then times with the host's part."""
+    parts = [time_table(records)]
+    if any("relative_error" in record for record in records):
+        parts.append("relative error against fp64\n" + error_table(records))
+    if any("eager_us" in record for record in records):
+        parts.append("wall time a call, launched eagerly\n" + eager_table(records))
+    return "\n\n".join(parts)
+
+
+def time_table(records: Sequence[Record]) -> str:
+    """Return times, each with its fraction of the copy rate, and ratios to ours."""
+
+    def cells(record: Record) -> tuple[str, ...]:
+        return f"{record['median_us']:.1f}", f"{record['fraction_of_copy']:.0%}"
+
+    return _table(records, lambda name: (f"{name} us", "of copy"), cells, "median_us")
+
+
+def error_table(records: Sequence[Record]) -> str:
+    """Return the errors of products, and of a dense product with the decoded weight."""
+
+    def cells(record: Record) -> tuple[str, ...]:
+        own = f"{record['relative_error']:.1e}"
+        if record["impl"] == "dense":
+            return (own,)
+        return own, f"{record['relative_error_dequantized']:.1e}"
+
+    def heads(name: str) -> tuple[str, ...]:
+        return (name,) if name == "dense" else (name, "decoded + dense")
+
+    measured = [record for record in records if "relative_error" in record]
+    return _table(measured, heads, cells)
+
+
+def eager_table(records: Sequence[Record]) -> str:
+    """Return wall times of eager calls, and ratios to ours."""
+    measured = [record for record in records if "eager_us" in record]
+    return _table(
+        measured,
+        lambda name: (f"{name} us",),
+        lambda record: (f"{record['eager_us']:.1f}",),
+        "eager_us",
+    )
+
+
+def _table(
+    records: Sequence[Record],
+    heads: Callable[[str], tuple[str, ...]],
+    cells: Callable[[Record], tuple[str, ...]],
+    ratio_field: str = "",
+) -> str:
+    names = list(dict.fromkeys(record["impl"] for record in records))
+    rivals = [name for name in names if name != OURS] if ratio_field and OURS in names else []
+    keys = ["op", "shape", "M"]
+    has_memory = any("memory" in record for record in records)
+    if has_memory:
+        keys.append("memory")
+    short = {name: SHORT.get(name, name) for name in names}
+    head = keys + [head for name in names for head in heads(short[name])]
+    lines = [head + [f"x {short[name]}" for name in rivals]]
+    for (op, shape, m, memory), row in rows_of(records).items():
+        line = [op, "x".join(map(str, shape)), "" if m is None else str(m)]
+        if has_memory:
+            line.append(memory or "")
+        for name in names:
+            line += cells(row[name]) if name in row else ["-"] * len(heads(short[name]))
+        lines.append(line + [ratio_text(row, name, ratio_field) for name in rivals])
+    return _aligned(lines)
 
 
 def _aligned(cells: Iterable[Sequence[str]]) -> str:

@@ -1,9 +1,10 @@
-"""qlora_native, bitsandbytes and a dense weight, side by side in one process.
+"""qlora_native, bitsandbytes, torchao and a dense weight, side by side in one process.
 
-    python bench/python/compare.py --device cpu
-    python bench/python/compare.py --device cuda --json bench/results/machine.json
+    python bench/python/peers.py --device cpu
+    python bench/python/peers.py --device cuda --json bench/results/machine.json
 
-Every rival is checked before it is timed. See bench/README.md for the method.
+Rivals that are not installed are left out. Each is checked before it is timed. See bench/README.md
+for the method.
 """
 
 from __future__ import annotations
@@ -12,24 +13,32 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import accuracy
 import report
 import verify
-from implementations import Implementation, available
-from measure import OutputMemory, Timing, Work, copy_tb_per_s, time_works
+from implementations import NAMES, OPS, PRODUCTS, Implementation, Setting, available
+from measure import (
+    OutputMemory,
+    Timing,
+    Work,
+    copy_tb_per_s,
+    graph_node_us,
+    time_eagerly,
+    time_works,
+)
 
-OPS = ("quantize", "dequantize", "linear", "linear_backward")
 SHAPES = {
     ("cuda", False): ["4096x4096", "14336x4096", "4096x14336", "28672x8192"],
     ("cuda", True): ["4096x4096", "14336x4096"],
     ("cpu", False): ["4096x4096"],
     ("cpu", True): ["1024x1024"],
 }
+ROWS = {False: [1, 2, 4, 8, 16, 32, 64, 512], True: [1, 4, 16, 64, 512]}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 L2_MULTIPLE = 4
 """The weights that a GPU work rotates over take more than this many times its L2 cache."""
@@ -44,6 +53,15 @@ class Problem:
     m: int | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What every rival gets: the dense weight, and activations where the op has some."""
+
+    weight: torch.Tensor
+    x: torch.Tensor | None = None
+    dy: torch.Tensor | None = None
+
+
 class Bench:
     """Runs problems on one device and collects records."""
 
@@ -51,9 +69,10 @@ class Bench:
         self.options = options
         self.device = torch.device(options.device)
         self.dtype = DTYPES[options.dtype]
+        setting = Setting(options.quant_type, options.block_size, self.dtype, self.device)
         self.implementations = [
             implementation
-            for implementation in available(options.quant_type, options.block_size)
+            for implementation in available(setting)
             if not options.impl or implementation.name in options.impl
         ]
         memory = OutputMemory()
@@ -61,7 +80,9 @@ class Bench:
         self.modes = OutputMemory.MODES if self._memory else (None,)
         self._mode: str | None = None
         self.use(self.modes[0])
-        self.copy_tb_per_s = copy_tb_per_s(self.device)
+        self.ceilings = {"copy_tb_per_s": copy_tb_per_s(self.device)}
+        if self.device.type == "cuda":
+            self.ceilings["graph_node_us"] = graph_node_us()
         self.records: list[dict[str, Any]] = []
 
     def use(self, mode: str | None) -> None:
@@ -71,6 +92,7 @@ class Bench:
             self._memory.use(mode)
 
     def run(self, shape: tuple[int, int]) -> None:
+        """Measure every operation on a weight of this shape."""
         n, k = shape
         generator = torch.Generator(self.device).manual_seed(n * 31 + k)
         weight = (
@@ -78,7 +100,7 @@ class Bench:
         )
         held = {impl.name: impl.quantize(weight) for impl in self.implementations}
         for impl in self.implementations:
-            if impl.quantizes:
+            if "dequantize" in impl.ops:
                 verify.check_dequantized(
                     impl.name,
                     weight,
@@ -87,60 +109,60 @@ class Bench:
                     self.options.block_size,
                 )
         for op in self.options.ops:
-            for m in self.options.m if op.startswith("linear") else [None]:
-                self._run_problem(Problem(op, shape, m), weight, held, generator)
+            if op not in PRODUCTS:
+                self._run_problem(Problem(op, shape, None), Inputs(weight), held)
+                continue
+            for m in self.options.m:
+                x, dy = (
+                    torch.randn(m, size, device=self.device, generator=generator).to(self.dtype)
+                    for size in (k, n)
+                )
+                self._run_problem(Problem(op, shape, m), Inputs(weight, x, dy), held)
 
-    def _run_problem(
-        self,
-        problem: Problem,
-        weight: torch.Tensor,
-        held: dict[str, Any],
-        generator: torch.Generator,
-    ) -> None:
-        x = dy = None
-        if problem.m is not None:
-            n, k = problem.shape
-            x, dy = (
-                torch.randn(problem.m, size, device=self.device, generator=generator).to(self.dtype)
-                for size in (k, n)
-            )
-        rivals = [i for i in self.implementations if i.quantizes or problem.m is not None]
+    def _run_problem(self, problem: Problem, inputs: Inputs, held: dict[str, Any]) -> None:
+        rivals = [impl for impl in self.implementations if problem.op in impl.ops]
         works: dict[str, Work] = {}
-        moved: dict[str, int] = {}
+        extra: dict[str, dict[str, Any]] = {}
         for impl in rivals:
-            if x is not None and dy is not None:
-                verify.check_linear(impl, x, dy, held[impl.name])
-            works[impl.name] = self._work(problem, impl, weight, held[impl.name], x, dy)
-            moved[impl.name] = self._bytes(problem, impl.nbytes(held[impl.name]))
-        timings = time_works(works, self.device, self.options.rounds, self.options.budget)
+            quantized = held[impl.name]
+            extra[impl.name] = found = {"weight_bytes": impl.nbytes(quantized)}
+            if inputs.x is not None and inputs.dy is not None:
+                verify.check_linear(impl, inputs.x, inputs.dy, quantized)
+                error, plain = accuracy.errors(problem.op, impl, inputs.x, inputs.dy, quantized)
+                found["relative_error"] = float(f"{error:.4g}")
+                found["relative_error_dequantized"] = float(f"{plain:.4g}")
+            kernel = impl.kernel(problem.op, problem.shape, problem.m)
+            if kernel:
+                found["kernel"] = kernel
+            works[impl.name] = self._work(problem, impl, inputs, quantized)
+        limits = (self.options.rounds, self.options.budget)
+        timings = time_works(works, self.device, *limits)
+        if self.device.type == "cuda":
+            for name, timing in time_eagerly(works, *limits).items():
+                extra[name]["eager_us"] = round(timing.median_us, 3)
+                extra[name]["eager_quartiles_us"] = [round(us, 3) for us in timing.quartiles_us]
         for impl in rivals:
-            self._record(problem, impl.name, timings[impl.name], moved[impl.name])
+            self._record(problem, impl, timings[impl.name], extra[impl.name])
 
-    def _work(
-        self,
-        problem: Problem,
-        impl: Implementation,
-        weight: torch.Tensor,
-        quantized: Any,
-        x: torch.Tensor | None,
-        dy: torch.Tensor | None,
-    ) -> Work:
+    def _work(self, problem: Problem, impl: Implementation, inputs: Inputs, quantized: Any) -> Work:
+        capturable = problem.op not in impl.eager_ops
         if problem.op == "quantize":
+            weight = inputs.weight
             weights = [weight, *(weight.clone() for _ in range(self._copies(weight.nbytes) - 1))]
             calls = [lambda w=w: impl.result(impl.quantize(w)) for w in weights]
-            return Work(calls, impl.quantize_is_capturable)
+            return Work(calls, capturable)
         copies = self._copies(impl.nbytes(quantized))
         rotation = [quantized, *(impl.clone(quantized) for _ in range(copies - 1))]
         if problem.op == "dequantize":
-            return Work([lambda q=q: impl.dequantize(q) for q in rotation])
+            return Work([lambda q=q: impl.dequantize(q) for q in rotation], capturable)
         if problem.op == "linear":
-            return Work([lambda q=q: impl.linear(x, q) for q in rotation])
+            return Work([lambda q=q: impl.linear(inputs.x, q) for q in rotation], capturable)
 
         def forward_and_dx(q: Any) -> torch.Tensor:
-            leaf = x.detach().requires_grad_()
-            return torch.autograd.grad(impl.linear(leaf, q), leaf, dy)[0]
+            leaf = inputs.x.detach().requires_grad_()
+            return torch.autograd.grad(impl.linear(leaf, q), leaf, inputs.dy)[0]
 
-        return Work([lambda q=q: forward_and_dx(q) for q in rotation])
+        return Work([lambda q=q: forward_and_dx(q) for q in rotation], capturable)
 
     def _copies(self, weight_bytes: int) -> int:
         if self.device.type != "cuda":
@@ -158,7 +180,10 @@ class Bench:
         passes = 2 if problem.op == "linear_backward" else 1
         return passes * (weight_bytes + activations)
 
-    def _record(self, problem: Problem, name: str, timing: Timing, moved: int) -> None:
+    def _record(
+        self, problem: Problem, impl: Implementation, timing: Timing, extra: dict[str, Any]
+    ) -> None:
+        moved = self._bytes(problem, extra["weight_bytes"])
         tb_per_s = moved / timing.median_us / 1e6
         record: dict[str, Any] = {
             "op": problem.op,
@@ -167,20 +192,23 @@ class Bench:
             "dtype": self.options.dtype,
             "quant_type": self.options.quant_type,
             "block_size": self.options.block_size,
-            "impl": name,
+            "impl": impl.name,
             "median_us": round(timing.median_us, 3),
             "quartiles_us": [round(value, 3) for value in timing.quartiles_us],
             "rounds": timing.rounds,
             "method": timing.method,
             "bytes": moved,
             "tb_per_s": round(tb_per_s, 4),
-            "fraction_of_copy": round(tb_per_s / self.copy_tb_per_s, 4),
+            "fraction_of_copy": round(tb_per_s / self.ceilings["copy_tb_per_s"], 4),
+            **extra,
         }
         if problem.m is not None:
             n, k = problem.shape
             products = 2 if problem.op == "linear_backward" else 1
             flops = 2 * products * problem.m * n * k
             record["tflop_per_s"] = round(flops / timing.median_us / 1e6, 3)
+            weight_rate = products * extra["weight_bytes"] / timing.median_us / 1e6
+            record["weight_tb_per_s"] = round(weight_rate, 4)
         if self._mode is not None:
             record["memory"] = self._mode
         self.records.append(record)
@@ -193,24 +221,40 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(rows), int(cols)
 
 
+def parse_rows(text: str) -> int:
+    if not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of rows")
+    return int(text)
+
+
+def _best_device() -> str:
+    import qlora_native
+
+    has_cuda = torch.cuda.is_available() and not qlora_native.cuda_unavailable_reason()
+    return "cuda" if has_cuda else "cpu"
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK")
-    parser.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64, 512])
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--impl", nargs="+", choices=["qlora_native", "bitsandbytes", "dense"])
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--quant-type", choices=["nf4", "fp4", "int4"], default="nf4")
-    parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--rounds", type=int, help="most rounds (default: 200, quick 50)")
-    parser.add_argument("--budget", type=float, help="seconds a problem (default: 10, quick 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here")
+    add = parser.add_argument
+    add("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    add("--quick", action="store_true", help="fewer shapes, rows of activations and rounds")
+    add("--shapes", nargs="+", type=parse_shape, metavar="NxK")
+    add("--m", nargs="+", type=parse_rows, help="rows of activations", metavar="M")
+    add("--ops", nargs="+", choices=OPS, default=list(OPS))
+    add("--impl", nargs="+", choices=NAMES)
+    add("--dtype", choices=DTYPES, default="bf16")
+    add("--quant-type", choices=["nf4", "fp4", "int4"], default="nf4")
+    add("--block-size", type=int, default=64)
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--rounds", type=int, help="most rounds (default: 200, quick 50)")
+    add("--budget", type=float, help="seconds a problem (default: 5, quick 2)")
+    add("--json", type=Path, metavar="FILE", help="write the records here")
+    add("--save", action="store_true", help="write them to bench/results/<machine>.json")
     options = parser.parse_args(arguments)
+    options.device = options.device or _best_device()
     kind = torch.device(options.device).type
     if kind not in ("cpu", "cuda"):
         parser.error(f"--device {options.device}: only cpu and cuda are measured")
@@ -221,19 +265,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for shape in options.shapes:
         if shape[0] * shape[1] % options.block_size:
             parser.error(f"shape {shape} is not a whole number of blocks of {options.block_size}")
+    options.m = options.m or ROWS[options.quick]
     options.rounds = options.rounds or (50 if options.quick else 200)
-    options.budget = options.budget or (2.0 if options.quick else 10.0)
+    options.budget = options.budget or (2.0 if options.quick else 5.0)
     return options
-
-
-def head_lines(head: dict[str, Any]) -> Iterator[str]:
-    yield f"{head['device']}  (commit {head['commit'][:12]}, {head['date']})"
-    if "threads" in head:
-        yield f"threads: {head['threads']}"
-    if head["driver"]:
-        yield f"driver: {head['driver']}"
-    yield "  ".join(f"{name} {version}" for name, version in head["versions"].items() if version)
-    yield f"copy: {head['copy_tb_per_s']:.4f} TB/s, bytes read plus written"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -243,17 +278,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(options.device).index or 0)
     bench = Bench(options)
-    head = report.machine(bench.device, bench.copy_tb_per_s)
-    print("\n".join(head_lines(head)), flush=True)
+    head = report.machine(bench.device, bench.ceilings)
+    print("\n".join(report.head_lines(head)), flush=True)
     for mode in bench.modes:
         bench.use(mode)
         for shape in options.shapes:
             done = len(bench.records)
             bench.run(shape)
-            print("\n" + report.table(bench.records[done:]), flush=True)
-    if options.json:
-        report.write_json(options.json, {**head, "records": bench.records})
-        print(f"\nwrote {options.json}")
+            print("\n" + report.tables(bench.records[done:]), flush=True)
+    targets = [options.json] if options.json else []
+    if options.save:
+        targets.append(report.RESULTS / f"{report.slug(head)}.json")
+    for target in targets:
+        report.write_json(target, {**head, "records": bench.records})
+        print(f"\nwrote {target}")
     return 0
 
 
