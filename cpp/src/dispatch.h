@@ -15,33 +15,55 @@ void record_last_kernel(Op op, const char* kernel_name);
 /// The forced kernel, or null. In registry.cpp.
 const char* forced_kernel_name(Op op, DeviceType device);
 
+/// Whether a call with `args` on `device` may go to `entry`. If not, `*why_not` says why, or is empty
+/// when another kernel is the better choice. `forced` is the name of the kernel in force, or null.
+template <class Args>
+bool accepts(const KernelEntry<Args>& entry, const Args& args, Device device, const char* forced,
+             std::string* why_not) {
+  if (!entry.usable(device, why_not)) return false;
+  if (entry.supports && !entry.supports(args, why_not)) return false;
+  return forced || !entry.prefers || entry.prefers(args);
+}
+
+inline bool is_left_out(const char* kernel_name, const char* forced) {
+  return forced && std::strcmp(forced, kernel_name) != 0;
+}
+
+/// Throws Unsupported, naming every kernel and why it declined. Apart from the choice, which every
+/// call makes and which words no report.
+template <class Args>
+[[noreturn, gnu::cold, gnu::noinline]] void throw_no_kernel(const Args& args, Device device,
+                                                            const char* forced) {
+  using Traits = OpTraits<Args>;
+  const auto table = backend_for(device.type).*Traits::kTable;
+  std::ostringstream message;
+  message << name(Traits::kOp) << ": no kernel on " << to_string(device);
+  if (forced) message << " (" << forced << " is forced)";
+  message << " takes this call:";
+  for (const KernelEntry<Args>& entry : table) {
+    if (is_left_out(entry.name, forced)) continue;
+    std::string why_not;
+    accepts(entry, args, device, forced, &why_not);
+    message << "\n  " << entry.name << ": "
+            << (why_not.empty() ? "another kernel is preferred" : why_not);
+  }
+  if (table.empty()) message << ' ' << backend_for(device.type).unavailable_reason();
+  throw Unsupported(message.str());
+}
+
 /// The first kernel that runs on the device, is right for `args` and is the measured choice for
 /// them; or the forced one. Throws Unsupported, naming every kernel and why it declined.
 template <class Args>
 const KernelEntry<Args>& select_kernel(const Args& args) {
   using Traits = OpTraits<Args>;
   const Device device = Traits::device(args);
-  const auto table = backend_for(device.type).*Traits::kTable;
   const char* const forced = forced_kernel_name(Traits::kOp, device.type);
-  std::ostringstream report;
-  for (const KernelEntry<Args>& entry : table) {
-    std::string why_not;
-    if (forced && std::strcmp(forced, entry.name) != 0) continue;
-    if (!entry.usable(device, &why_not)) {
-    } else if (entry.supports && !entry.supports(args, &why_not)) {
-    } else if (!forced && entry.prefers && !entry.prefers(args)) {
-      why_not = "another kernel is preferred";
-    } else {
-      return entry;
-    }
-    report << "\n  " << entry.name << ": " << why_not;
+  std::string why_not;
+  for (const KernelEntry<Args>& entry : backend_for(device.type).*Traits::kTable) {
+    if (is_left_out(entry.name, forced)) continue;
+    if (accepts(entry, args, device, forced, &why_not)) return entry;
   }
-  if (table.empty()) report << ' ' << backend_for(device.type).unavailable_reason();
-  std::ostringstream message;
-  message << name(Traits::kOp) << ": no kernel on " << to_string(device);
-  if (forced) message << " (" << forced << " is forced)";
-  message << " takes this call:" << report.str();
-  throw Unsupported(message.str());
+  throw_no_kernel(args, device, forced);
 }
 
 template <class Args>

@@ -129,7 +129,10 @@ std::string forced_kernel(Op op, DeviceType device) {
   return kernel_name ? kernel_name : "";
 }
 
-void record_last_kernel(Op op, const char* kernel_name) { g_last[index_of(op)] = kernel_name; }
+void record_last_kernel(Op op, const char* kernel_name) {
+  // A name orders nothing else in memory: no fence in every call.
+  g_last[index_of(op)].store(kernel_name, std::memory_order_relaxed);
+}
 
 std::string last_kernel(Op op) {
   const char* kernel_name = g_last[index_of(op)];
