@@ -1,5 +1,6 @@
 # Each target makes .venv, installs what it needs, builds, runs. `make gpu` alone uses the Python it finds.
-# Options: CUDA=AUTO|ON|OFF, CUDA_ARCHITECTURES="90-real", PYTHON=python3.12, PYTEST_ARGS="-k lora"
+# Options: CUDA=AUTO|ON|OFF, CUDA_ARCHITECTURES="90-real", PYTHON=python3.12, PYTEST_ARGS="-k lora",
+# BENCH_ARGS="--device cpu --quick" (peers.py), BENCH_CPP_ARGS="--shapes=4096x4096" (bench_*)
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -17,7 +18,7 @@ help:
 	@echo "make test    build and run every test that needs no GPU"
 	@echo "make demo    train a small model, quantize it, fine-tune it, compare"
 	@echo "make gpu     build and test on this machine's GPU, write bench/results/<gpu>.json"
-	@echo "make bench   measure beside bitsandbytes and dense bf16"
+	@echo "make bench   measure, alone and beside bitsandbytes and dense bf16; redraw README's figures"
 	@echo "make lint    formatting and static checks (make format repairs)"
 	@echo "make sanitize  the C++ tests under ASan and UBSan"
 
@@ -52,8 +53,19 @@ sanitize: bootstrap
 demo: build
 	$(BIN)/python examples/demo/demo.py
 
+# The C++ programs are not there without Google Benchmark. The records of peers.py go to
+# bench/results, from which README's figures are made.
 bench: build
-	$(BIN)/python bench/python/peers.py
+	@mkdir -p build/results
+	for name in quantize dequantize matmul; do \
+	  program=build/python/bench/bench_$$name; \
+	  if [ -x $$program ]; then \
+	    $$program --benchmark_out=build/results/bench_$$name.json --benchmark_out_format=json \
+	      $(BENCH_CPP_ARGS) || exit 1; \
+	  fi; \
+	done
+	$(BIN)/python bench/python/peers.py --save $(BENCH_ARGS)
+	$(BIN)/python bench/render.py
 
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS)

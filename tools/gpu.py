@@ -274,7 +274,12 @@ class Session:
         target.write_text(
             json.dumps({**report, "tests": self.tests, "records": records}, indent=1) + "\n"
         )
-        return f"{len(records)} records in {target.relative_to(ROOT)}"
+        note = f"{len(records)} records in {target.relative_to(ROOT)}"
+        has_plots = importlib.util.find_spec("matplotlib") is not None
+        render = [sys.executable, "bench/render.py", *([] if has_plots else ["--no-plots"])]
+        if run(self.log("bench-render"), render):
+            raise StepFailedError(f"{note}, but bench/render.py failed")
+        return note if has_plots else f"{note}; for want of matplotlib the plot is as it was"
 
 
 def run_step(session: Session, name: str, step: Callable[[], str]) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import accuracy
+import records
 import report
 import verify
 from implementations import NAMES, OPS, PRODUCTS, Implementation, Setting, available
@@ -288,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n" + report.tables(bench.records[done:]), flush=True)
     targets = [options.json] if options.json else []
     if options.save:
-        targets.append(report.RESULTS / f"{report.slug(head)}.json")
+        targets.append(records.RESULTS / f"{report.slug(head)}.json")
     for target in targets:
         report.write_json(target, {**head, "records": bench.records})
         print(f"\nwrote {target}")

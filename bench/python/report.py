@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 
+from records import OURS, SHORT, Record, ratio_text, rows_of
+
 SCHEMA_VERSION = 2
 """Of the JSON; reports without the key are of version 1. bench/README.md says what it holds."""
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-OURS = "qlora_native"
-SHORT = {OURS: "ours", "bitsandbytes": "bnb", "bitsandbytes packed": "bnb packed"}
-"""What the tables call an implementation, where its name is too long."""
 
 
 def commit() -> str:
@@ -119,30 +116,6 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.replace(path)
-
-
-Record = dict[str, Any]
-Row = dict[str, Record]
-
-
-def rows_of(records: Sequence[Record]) -> dict[tuple[Any, ...], Row]:
-    """Return {(op, shape, m, memory): {implementation: record}}, in the order of the records."""
-    rows: dict[tuple[Any, ...], Row] = {}
-    for record in records:
-        key = record["op"], tuple(record["shape"]), record["m"], record.get("memory")
-        rows.setdefault(key, {})[record["impl"]] = record
-    return rows
-
-
-def ratio(row: Row, rival: str, field: str = "median_us") -> float | None:
-    """Return how many times as long as ours the rival takes; more than 1: ours is faster."""
-    ours, other = (row.get(name, {}).get(field) for name in (OURS, rival))
-    return other / ours if ours and other else None
-
-
-def ratio_text(row: Row, rival: str, field: str = "median_us") -> str:
-    value = ratio(row, rival, field)
-    return "-" if value is None else f"{value:.2f}x"
 
 
 def tables(records: Sequence[Record]) -> str:
