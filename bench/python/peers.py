@@ -136,10 +136,10 @@ class Bench:
             if kernel:
                 found["kernel"] = kernel
             works[impl.name] = self._work(problem, impl, inputs, quantized)
-        limits = (self.options.rounds, self.options.budget)
-        timings = time_works(works, self.device, *limits)
+        timings = time_works(works, self.device, self.options.rounds, self.options.budget)
         if self.device.type == "cuda":
-            for name, timing in time_eagerly(works, *limits).items():
+            eager_rounds = max(5, self.options.rounds // 4)
+            for name, timing in time_eagerly(works, eager_rounds, self.options.budget).items():
                 extra[name]["eager_us"] = round(timing.median_us, 3)
                 extra[name]["eager_quartiles_us"] = [round(us, 3) for us in timing.quartiles_us]
         for impl in rivals:
