@@ -199,7 +199,7 @@ class Bench:
             "rounds": timing.rounds,
             "method": timing.method,
             "bytes": moved,
-            "tb_per_s": round(tb_per_s, 4),
+            "tb_per_s": round(tb_per_s, 6),
             "fraction_of_copy": round(tb_per_s / self.ceilings["copy_tb_per_s"], 4),
             **extra,
         }
@@ -209,7 +209,7 @@ class Bench:
             flops = 2 * products * problem.m * n * k
             record["tflop_per_s"] = round(flops / timing.median_us / 1e6, 3)
             weight_rate = products * extra["weight_bytes"] / timing.median_us / 1e6
-            record["weight_tb_per_s"] = round(weight_rate, 4)
+            record["weight_tb_per_s"] = round(weight_rate, 6)
         if self._mode is not None:
             record["memory"] = self._mode
         self.records.append(record)
