@@ -63,4 +63,5 @@ NB_MODULE(_C, m) {
   bind_cpu_threads(m);
   bind_kernels(m);
   bind_ops(m);
+  bind_eager(m);
 }

@@ -154,3 +154,94 @@ def matmul_4bit_transposed(
     workspace_bytes: int,
     stream: int,
 ) -> None: ...
+
+class EagerOps:
+    """
+    Operations around torch's dispatcher. None: the call has to go through it.
+    """
+
+    def __init__(
+        self,
+        *,
+        exchange_api: object | None,
+        tensor_types: Sequence,
+        observers: Sequence,
+        forward_ad: object,
+        is_autocast_enabled: object,
+        is_grad_enabled: object,
+        is_neg: object,
+        num_threads: object,
+        empty_strided: object,
+        device: object,
+        float_dtypes: Sequence,
+        uint8: object,
+        codebook: object,
+    ) -> None: ...
+    @property
+    def has_exchange_api(self) -> bool:
+        """Whether operations can run here at all."""
+
+    @property
+    def calls(self) -> int:
+        """How many operations ran here."""
+
+    def is_observed(self) -> bool:
+        """
+        Whether a mode, a transform, a tracer or a profiler wants to see operators.
+        """
+
+    def is_plain(self, *tensors) -> bool:
+        """
+        Not is_observed(), and each tensor is what its memory on a CPU or a GPU holds.
+        """
+
+    def linear_4bit(
+        self,
+        x: object | None,
+        bias: object | None,
+        packed: object | None,
+        absmax: object | None,
+        absmax2: object | None,
+        offset: object | None,
+        shape: object | None,
+        block_size: object | None,
+        quant_type: object | None,
+        codebook: object | None,
+        heeds_autocast: bool,
+    ) -> object: ...
+    def linear_4bit_of_layer(
+        self,
+        x: object | None,
+        parameters: dict,
+        rows: int,
+        cols: int,
+        block_size: int,
+        quant_type: object | None,
+        codebook: object | None,
+    ) -> object:
+        """Over the parameters of nn.Linear4bit. Heeds autocast."""
+
+    def linear_4bit_dx(
+        self,
+        dy: object | None,
+        packed: object | None,
+        absmax: object | None,
+        absmax2: object | None,
+        offset: object | None,
+        shape: object | None,
+        block_size: object | None,
+        quant_type: object | None,
+        codebook: object | None,
+    ) -> object: ...
+    def dequantize_4bit(
+        self,
+        packed: object | None,
+        absmax: object | None,
+        absmax2: object | None,
+        offset: object | None,
+        shape: object | None,
+        block_size: object | None,
+        quant_type: object | None,
+        codebook: object | None,
+        dtype: object | None,
+    ) -> object: ...

@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 
+from qlora_native import _eager
+from qlora_native._eager import needs_grad
 from qlora_native._library import LIBRARY
 
 _ops = torch.ops.qlora_native
-
-
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Return whether autograd has to see an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class Linear4bit(torch.autograd.Function):
@@ -26,7 +23,7 @@ class Linear4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:
-        return _ops.linear_4bit(x, bias, *weight)
+        return _eager.linear_4bit(x, bias, *weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -36,7 +33,7 @@ class Linear4bit(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         weight = _saved_weight(ctx)
         # The operator, not its Function, which Dynamo cannot trace inside of another's backward.
-        dx = _ops.linear_4bit_dx(dy, *weight) if ctx.needs_input_grad[0] else None
+        dx = _eager.linear_4bit_dx(dy, *weight) if ctx.needs_input_grad[0] else None
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return (dx, dbias, *(None for _ in weight))
 
@@ -46,7 +43,7 @@ class Linear4bitDx(torch.autograd.Function):
 
     @staticmethod
     def forward(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
-        return _ops.linear_4bit_dx(dy, *weight)
+        return _eager.linear_4bit_dx(dy, *weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -55,7 +52,7 @@ class Linear4bitDx(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ddx: torch.Tensor) -> tuple[Any, ...]:
         weight = _saved_weight(ctx)
-        return (_ops.linear_4bit(ddx, None, *weight), *(None for _ in weight))
+        return (_eager.linear_4bit(ddx, None, *weight), *(None for _ in weight))
 
 
 def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
@@ -66,6 +63,20 @@ def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
 
 def _saved_weight(ctx: Any) -> tuple[Any, ...]:
     return (*ctx.saved_tensors, *ctx.weight_format)
+
+
+# What Function.apply comes to where no transform of torch.func is active. Binding the arguments to
+# forward's signature, which apply does first, takes longer than everything else.
+_apply_linear_4bit = super(torch.autograd.Function, Linear4bit).apply
+
+
+def linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:
+    """The operator, differentiable in `x` and `bias`."""
+    if not needs_grad(x, bias):
+        return _eager.linear_4bit(x, bias, *weight)
+    if not _eager.is_traced() and _eager.is_plain(x, bias, *weight[:4]):
+        return _apply_linear_4bit(x, bias, *weight)
+    return Linear4bit.apply(x, bias, *weight)
 
 
 def _linear_4bit_autograd(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:

@@ -161,7 +161,8 @@ def _dequantize_4bit_fake(*arguments: Any) -> torch.Tensor:
     return torch.empty(list(shape), dtype=dtype, device=device)
 
 
-def _linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
+def linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
+    """The operator's kernel on a CPU and on CUDA devices."""
     weight = _checked_weight(*parts)
     _checks.check_activation("x", x, weight.shape, "in", weight.device)
     _checks.check_bias(bias, x, weight.rows)
@@ -224,7 +225,8 @@ def _linear_4bit_fake(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def _linear_4bit_dx(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
+def linear_4bit_dx(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
+    """The operator's kernel on a CPU and on CUDA devices."""
     weight = _checked_weight(*parts)
     _checks.check_activation("dy", dy, weight.shape, "out", weight.device)
     rows, row_stride = _as_rows(dy, weight.rows)
@@ -253,8 +255,8 @@ def _linear_4bit_dx_fake(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
 for _name, _kernel, _fake in (
     ("quantize_4bit", _quantize_4bit, _quantize_4bit_fake),
     ("dequantize_4bit", _dequantize_4bit, _dequantize_4bit_fake),
-    ("linear_4bit", _linear_4bit, _linear_4bit_fake),
-    ("linear_4bit_dx", _linear_4bit_dx, _linear_4bit_dx_fake),
+    ("linear_4bit", linear_4bit, _linear_4bit_fake),
+    ("linear_4bit_dx", linear_4bit_dx, _linear_4bit_dx_fake),
 ):
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _kernel, _key)

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from qlora_native import _autograd, _checks
+from qlora_native import _autograd, _checks, _eager
 from qlora_native._checks import QUANT_TYPES
 
 __all__ = ["QUANT_TYPES", "QuantizedTensor", "dequantize_4bit", "linear_4bit", "quantize_4bit"]
 
 _ops = torch.ops.qlora_native
+_run_linear_4bit = _eager.OPS.linear_4bit
+_is_traced = _eager.is_traced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +162,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> tor
     Raises:
         TypeError, ValueError: the parts of `q` do not fit each other, or `dtype` is no such float.
     """
-    return _ops.dequantize_4bit(*_weight_arguments(q), dtype or q.dtype)
+    return _eager.dequantize_4bit(*_weight_arguments(q), dtype or q.dtype)
 
 
 def linear_4bit(
@@ -184,13 +186,17 @@ def linear_4bit(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit; the message holds them.
     """
+    if not _is_traced():
+        y = _run_linear_4bit(
+            x, bias, q.packed, q.absmax, q.absmax2, q.offset, q.shape, q.block_size, q.quant_type,
+            q.codebook, True,
+        )  # fmt: skip
+        if y is not None:
+            return y
     device_type = x.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and x.dtype.is_floating_point:
         x = x.to(torch.get_autocast_dtype(device_type))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    weight = _weight_arguments(q)
-    if _autograd.needs_grad(x, bias):
-        return _autograd.Linear4bit.apply(x, bias, *weight)
-    return _ops.linear_4bit(x, bias, *weight)
+    return _autograd.linear_4bit(x, bias, *_weight_arguments(q))

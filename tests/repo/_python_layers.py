@@ -14,6 +14,7 @@ LAYERS = (
     ("_checks", "_threads"),
     ("_weight",),
     ("_library",),
+    ("_eager",),
     ("_autograd",),
     ("functional", "kernels"),
     ("nn", "optim", "memory"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native import _checks
+from qlora_native import _checks, _eager
 from qlora_native.functional import QuantizedTensor, dequantize_4bit, linear_4bit, quantize_4bit
 
 _STATE = ("weight", "weight_absmax", "weight_absmax2")
@@ -231,9 +231,24 @@ class Linear4bit(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] in the dtype of `x` [..., in_features]."""
         if self.compute_dtype is None:
-            return linear_4bit(x, self.quantized_weight(), self.bias)
-        y = linear_4bit(x.to(self.compute_dtype), self.quantized_weight(), self.bias)
-        return y.to(x.dtype)
+            return self._product(x)
+        return self._product(x.to(self.compute_dtype)).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        # A subclass may have another idea of the weight.
+        if not _is_traced() and type(self).quantized_weight is _quantized_weight:
+            y = _run_linear_4bit(
+                x,
+                self._parameters,
+                self.out_features,
+                self.in_features,
+                self.block_size,
+                self.quant_type,
+                self.codebook,
+            )
+            if y is not None:
+                return y
+        return linear_4bit(x, self.quantized_weight(), self.bias)
 
     def requires_grad_(self, requires_grad: bool = True) -> Linear4bit:
         """Sets the flag of the bias; the packed state cannot have gradients."""
@@ -332,6 +347,11 @@ class Linear4bit(nn.Linear):
                     f"block_size={self.block_size}, double_quant={self.double_quant}"
                 )
         return problems
+
+
+_quantized_weight = Linear4bit.quantized_weight
+_run_linear_4bit = _eager.OPS.linear_4bit_of_layer
+_is_traced = _eager.is_traced
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -169,17 +169,21 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]."""
-        y = self.base_layer(x)
-        if not self.adapters_enabled or self.merged:
+        base_layer = self.base_layer
+        y = base_layer(x)
+        if not self.adapters_enabled or self.merged_adapters or not self.active_adapters:
             return y
-        compute_dtype = getattr(self.base_layer, "compute_dtype", None)
+        compute_dtype = getattr(base_layer, "compute_dtype", None)
         if compute_dtype is not None:
             x = x.to(compute_dtype)
+        lora_A, lora_B, lora_dropout = self.lora_A, self.lora_B, self.lora_dropout
         for name in self.active_adapters:
             # Cast to the activations' dtype: fp32 masters must not pull the products into fp32.
-            a = self.lora_A[name].weight.to(x.dtype)
-            b = self.lora_B[name].weight.to(x.dtype)
-            update = F.linear(F.linear(self.lora_dropout[name](x), a), b)
+            a = lora_A[name].weight.to(x.dtype)
+            b = lora_B[name].weight.to(x.dtype)
+            dropout = lora_dropout[name]
+            dropped = x if type(dropout) is nn.Identity else dropout(x)
+            update = F.linear(F.linear(dropped, a), b)
             y = y + (update * self.settings[name].scaling).to(y.dtype)
         return y
 

@@ -1,0 +1,109 @@
+"""The operators called around torch's dispatcher, where nothing of torch has to see them.
+
+A call through torch's dispatcher to a kernel in Python costs tens of microseconds, more than the
+kernel. Here C++ reads the tensors, allocates the result and runs the kernel in one function
+(`_C.EagerOps`). It answers None for every call that is not plainly equivalent: a mode, a transform,
+a tracer or the profiler is active, an argument is no ordinary tensor, a gradient is needed, a dense
+product is faster, or something is wrong. Such a call goes the long way, which words the errors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from qlora_native import _C, _checks, _library
+
+_ops = torch.ops.qlora_native
+
+is_traced = torch.compiler.is_dynamo_compiling
+"""Whether Dynamo reads the caller: it cannot look into C++, and must find the operator."""
+
+
+def make(exchange_api: object) -> _C.EagerOps:
+    """Return the eager operations over a table of DLPack functions; None: all go the long way."""
+    return _C.EagerOps(
+        exchange_api=exchange_api,
+        tensor_types=(torch.Tensor, torch.nn.Parameter),
+        observers=(
+            torch._C._is_torch_function_mode_enabled,
+            torch._C._len_torch_dispatch_stack,
+            torch._C._functorch.maybe_current_level,
+            torch._C._get_tracing_state,
+            torch._C._autograd._profiler_enabled,
+        ),
+        forward_ad=forward_ad,
+        is_autocast_enabled=torch._C._is_any_autocast_enabled,
+        is_grad_enabled=torch.is_grad_enabled,
+        is_neg=torch.Tensor.is_neg,
+        num_threads=torch.get_num_threads,
+        empty_strided=torch.empty_strided,
+        device=torch.device,
+        float_dtypes=tuple(_checks.FLOAT_DTYPES),
+        uint8=torch.uint8,
+        codebook=_checks.codebook,
+    )
+
+
+OPS = make(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+
+
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type in ("cpu", "cuda")
+        and not tensor.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _is_plain(*tensors: torch.Tensor | None) -> bool:
+    """`OPS.is_plain`, where torch has no table of functions."""
+    return not OPS.is_observed() and all(t is None or _is_ordinary(t) for t in tensors)
+
+
+is_plain = OPS.is_plain if OPS.has_exchange_api else _is_plain
+"""Whether nothing wants to see operators, and each tensor is what its memory on a CPU or a CUDA
+device holds: the operator's kernel may then be called by itself, if no gradient is needed."""
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Return whether autograd has to see an operation on these tensors."""
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+        # The Functions have no forward mode and say so; the bare operator would drop the tangents.
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:
+    """The operator `linear_4bit`."""
+    if not is_traced():
+        y = OPS.linear_4bit(x, bias, *weight, False)
+        if y is not None:
+            return y
+        if is_plain(x, bias, *weight[:4]) and not needs_grad(x, bias):
+            return _library.linear_4bit(x, bias, *weight)
+    return _ops.linear_4bit(x, bias, *weight)
+
+
+def linear_4bit_dx(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
+    """The operator `linear_4bit_dx`."""
+    if not is_traced():
+        dx = OPS.linear_4bit_dx(dy, *weight)
+        if dx is not None:
+            return dx
+        if is_plain(dy, *weight[:4]) and not needs_grad(dy):
+            return _library.linear_4bit_dx(dy, *weight)
+    return _ops.linear_4bit_dx(dy, *weight)
+
+
+def dequantize_4bit(*arguments: Any) -> torch.Tensor:
+    """The operator `dequantize_4bit`."""
+    if not is_traced():
+        dense = OPS.dequantize_4bit(*arguments)
+        if dense is not None:
+            return dense
+    return _ops.dequantize_4bit(*arguments)
