@@ -103,7 +103,7 @@ bool Torch::is_exact_tensor(nb::handle object) const {
 }
 
 bool Torch::describe(nb::handle tensor, dlpack::Tensor* out) const {
-  if (!is_exact_tensor(tensor)) return false;
+  if (api_ == nullptr || !is_exact_tensor(tensor)) return false;
   if (api_->describe(tensor.ptr(), out) != 0) {
     // No strided memory (sparse, meta, a wrapper of a transform), or a dtype that DLPack lacks.
     PyErr_Clear();

@@ -30,8 +30,8 @@ def make(exchange_api: object) -> _C.EagerOps:
         observers=(
             torch._C._is_torch_function_mode_enabled,
             torch._C._len_torch_dispatch_stack,
-            torch._C._functorch.maybe_current_level,
-            torch._C._get_tracing_state,
+            torch._C._are_functorch_transforms_active,
+            torch._C._is_tracing,
             torch._C._autograd._profiler_enabled,
         ),
         forward_ad=forward_ad,
