@@ -1,7 +1,6 @@
 #include "validate.h"
 
 #include <cmath>
-#include <limits>
 #include <sstream>
 #include <string>
 
@@ -78,7 +77,9 @@ template <class View>
 void check_quantized(const char* op, const View& weight) {
   if (weight.rows < 0 || weight.cols < 0)
     fail(op, ": the weight is ", weight.rows, " x ", weight.cols);
-  if (weight.cols > 0 && weight.rows > std::numeric_limits<int64_t>::max() / 8 / weight.cols) {
+  int64_t bits = 0;
+  if (__builtin_mul_overflow(weight.rows, weight.cols, &bits) ||
+      __builtin_mul_overflow(bits, int64_t{8}, &bits)) {
     fail(op, ": the weight's ", weight.rows, " x ", weight.cols, " elements overflow 64 bits");
   }
   if (!is_valid_block_size(weight.block_size)) {
