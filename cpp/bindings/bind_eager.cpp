@@ -103,7 +103,10 @@ class EagerOps {
     }
     args.weight = weight.view;
     args.dx = output_matrix(args.dy, weight.view.cols);
-    if (qn::matmul_4bit_transposed_prefers_dense(args)) return nb::none();
+    if (qn::matmul_4bit_transposed_prefers_dense(args)) {
+      const nb::object dense = decode(weight, args.dy.dtype);
+      return dense.is_none() ? dense : torch_.matmul(dy, dense);
+    }
     output.dtype = args.dy.dtype;
     output.device = weight.view.device;
     output.workspace_bytes = qn::matmul_4bit_transposed_workspace_bytes(args);
@@ -113,19 +116,14 @@ class EagerOps {
     });
   }
 
-  nb::object dequantize(const WeightObjects& objects, nb::handle dtype) {
+  nb::object dequantize(const WeightObjects& objects, nb::handle dtype_object) {
     EagerWeight weight;
-    Output output;
-    if (!is_direct({}, false) || !torch_.float_dtype(dtype, &output.dtype) ||
+    qn::DType dtype;
+    if (!is_direct({}, false) || !torch_.float_dtype(dtype_object, &dtype) ||
         !read_weight(torch_, objects, &weight) || weight.view.numel() == 0) {
       return nb::none();
     }
-    output.shape = weight.shape;
-    output.device = weight.view.device;
-    return run(output, [&](void* data, qn::Workspace, qn::Stream stream) {
-      qn::dequantize_4bit({weight.view, {data, weight.view.numel(), output.dtype, output.device}},
-                          stream);
-    });
+    return run_dequantize(weight, dtype);
   }
 
  private:
@@ -151,13 +149,32 @@ class EagerOps {
     }
     args.weight = weight.view;
     args.y = output_matrix(args.x, weight.view.rows);
-    if (qn::matmul_4bit_prefers_dense(args)) return nb::none();
+    if (qn::matmul_4bit_prefers_dense(args)) {
+      const nb::object dense = decode(weight, args.x.dtype);
+      return dense.is_none() ? dense : torch_.linear(x, dense, bias);
+    }
     output.dtype = args.x.dtype;
     output.device = weight.view.device;
     output.workspace_bytes = qn::matmul_4bit_workspace_bytes(args);
     return run(output, [&](void* data, qn::Workspace workspace, qn::Stream stream) {
       args.y.data = data;
       qn::matmul_4bit(args, workspace, stream);
+    });
+  }
+
+  /// The matrix for a dense product. None on a CPU unless it is small: fresh memory costs more in
+  /// page faults than the decoding, and the operator has scratch memory and panels.
+  nb::object decode(const EagerWeight& weight, qn::DType dtype) {
+    constexpr int64_t kCpuBytes = 64 << 10;
+    const int64_t size_bytes = weight.view.numel() * qn::size_bytes(dtype);
+    if (weight.view.device.is_cpu() && size_bytes > kCpuBytes) return nb::none();
+    return run_dequantize(weight, dtype);
+  }
+
+  nb::object run_dequantize(const EagerWeight& weight, qn::DType dtype) {
+    const Output output{weight.shape, dtype, weight.view.device};
+    return run(output, [&](void* data, qn::Workspace, qn::Stream stream) {
+      qn::dequantize_4bit({weight.view, {data, weight.view.numel(), dtype, output.device}}, stream);
     });
   }
 
@@ -215,14 +232,16 @@ void bind_eager(nb::module_& m) {
              nb::sequence observers, nb::object forward_ad, nb::object is_autocast_enabled,
              nb::object is_grad_enabled, nb::object is_neg, nb::object num_threads,
              nb::object empty_strided, nb::object device, nb::sequence float_dtypes,
-             nb::object uint8, nb::object codebook) {
-            new (self) EagerOps({exchange_api, tensor_types, observers, forward_ad,
-                                 is_autocast_enabled, is_grad_enabled, is_neg, num_threads,
-                                 empty_strided, device, float_dtypes, uint8, codebook});
+             nb::object uint8, nb::object codebook, nb::object linear, nb::object matmul) {
+            new (self)
+                EagerOps({exchange_api, tensor_types, observers, forward_ad, is_autocast_enabled,
+                          is_grad_enabled, is_neg, num_threads, empty_strided, device, float_dtypes,
+                          uint8, codebook, linear, matmul});
           },
           nb::kw_only(), "exchange_api"_a.none(), "tensor_types"_a, "observers"_a, "forward_ad"_a,
           "is_autocast_enabled"_a, "is_grad_enabled"_a, "is_neg"_a, "num_threads"_a,
-          "empty_strided"_a, "device"_a, "float_dtypes"_a, "uint8"_a, "codebook"_a)
+          "empty_strided"_a, "device"_a, "float_dtypes"_a, "uint8"_a, "codebook"_a, "linear"_a,
+          "matmul"_a)
       .def_prop_ro("has_exchange_api", &EagerOps::has_exchange_api,
                    "Whether operations can run here at all.")
       .def_prop_ro("calls", &EagerOps::calls, "How many operations ran here.")

@@ -35,6 +35,17 @@ nb::object tuple_of(std::span<const int64_t> values) {
   return tuple;
 }
 
+/// Calls with at most three arguments. Throws what Python raises.
+nb::object call(nb::handle function, std::initializer_list<nb::handle> arguments) {
+  PyObject* objects[4] = {};
+  size_t count = 0;
+  for (const nb::handle argument : arguments) objects[++count] = argument.ptr();
+  PyObject* const result = PyObject_Vectorcall(function.ptr(), objects + 1,
+                                               count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  if (result == nullptr) nb::raise_python_error();
+  return nb::steal(result);
+}
+
 bool is_false(PyObject* object) {
   return object == Py_None || object == Py_False || PyObject_Not(object) == 1;
 }
@@ -118,10 +129,7 @@ bool Torch::describe(nb::handle tensor, dlpack::Tensor* out) const {
 bool Torch::is_negated(nb::handle tensor, const dlpack::Tensor& described) const {
   // Only parts of complex tensors are, and no complex type has parts of another kind.
   if (described.dtype.code != dlpack::kFloat) return false;
-  PyObject* const arguments[] = {nullptr, tensor.ptr()};
-  const nb::object result = nb::steal(PyObject_Vectorcall(
-      functions_.is_neg.ptr(), arguments + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
-  if (!result.is_valid()) nb::raise_python_error();
+  const nb::object result = call(functions_.is_neg, {tensor});
   return result.ptr() != Py_False;
 }
 
@@ -178,6 +186,14 @@ nb::object Torch::empty(std::span<const int64_t> shape, qn::DType dtype, qn::Dev
 
 nb::object Torch::empty_bytes(int64_t size_bytes, qn::Device device) {
   return empty_of({&size_bytes, 1}, functions_.uint8, device);
+}
+
+nb::object Torch::linear(nb::handle x, nb::handle weight, nb::handle bias) const {
+  return call(functions_.linear, {x, weight, bias});
+}
+
+nb::object Torch::matmul(nb::handle a, nb::handle b) const {
+  return call(functions_.matmul, {a, b});
 }
 
 nb::object Torch::empty_of(std::span<const int64_t> shape, nb::handle dtype, qn::Device device) {

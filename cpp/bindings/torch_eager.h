@@ -47,6 +47,8 @@ struct TorchFunctions {
   nanobind::sequence float_dtypes;  ///< in the order of qlora_native::DType
   nanobind::object uint8;
   nanobind::object codebook;  ///< (quant_type, values) -> _C.Codebook
+  nanobind::object linear;    ///< (x, weight, bias)
+  nanobind::object matmul;    ///< (a, b)
 };
 
 /// Nothing here raises for an argument of the wrong kind: it answers "no", and the caller leaves
@@ -87,6 +89,10 @@ class Torch {
   nanobind::object empty(std::span<const int64_t> shape, qlora_native::DType dtype,
                          qlora_native::Device device);
   nanobind::object empty_bytes(int64_t size_bytes, qlora_native::Device device);
+
+  /// torch's products of tensors. They throw torch's exceptions.
+  nanobind::object linear(nanobind::handle x, nanobind::handle weight, nanobind::handle bias) const;
+  nanobind::object matmul(nanobind::handle a, nanobind::handle b) const;
 
  private:
   nanobind::object empty_of(std::span<const int64_t> shape, nanobind::handle dtype,

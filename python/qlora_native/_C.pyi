@@ -176,6 +176,8 @@ class EagerOps:
         float_dtypes: Sequence,
         uint8: object,
         codebook: object,
+        linear: object,
+        matmul: object,
     ) -> None: ...
     @property
     def has_exchange_api(self) -> bool:

@@ -1,10 +1,11 @@
 """The operators called around torch's dispatcher, where nothing of torch has to see them.
 
 A call through torch's dispatcher to a kernel in Python costs tens of microseconds, more than the
-kernel. Here C++ reads the tensors, allocates the result and runs the kernel in one function
-(`_C.EagerOps`). It answers None for every call that is not plainly equivalent: a mode, a transform,
-a tracer or the profiler is active, an argument is no ordinary tensor, a gradient is needed, a dense
-product is faster, or something is wrong. Such a call goes the long way, which words the errors.
+kernel. Here C++ reads the tensors, allocates the result and runs the kernel, or decodes the weight
+for torch's product, in one function (`_C.EagerOps`). It answers None for every call that is not
+plainly equivalent: a mode, a transform, a tracer or the profiler is active, an argument is no
+ordinary tensor or of an unusual layout, a gradient is needed, or something is wrong. Such a call
+goes the long way, which words the errors.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def make(exchange_api: object) -> _C.EagerOps:
         float_dtypes=tuple(_checks.FLOAT_DTYPES),
         uint8=torch.uint8,
         codebook=_checks.codebook,
+        linear=torch.nn.functional.linear,
+        matmul=torch.matmul,
     )
 
 

@@ -73,6 +73,20 @@ def test_a_direct_gradient_is_the_operators(settings):
         assert torch.equal(_eager.linear_4bit_dx(dy, *parts_of(q)), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_direct_dense_products_are_the_operators(device, dtype):
+    q = weight(device)
+    bias = torch.randn(48, device=device).to(dtype)
+    for shape in ((64, 128), (2, 300, 128)):
+        x = torch.randn(shape, device=device).to(dtype)
+        for b in (None, bias):
+            y = direct(lambda x=x, b=b: qn.linear_4bit(x, q, b))
+            torch.testing.assert_close(y, OPS.linear_4bit(x, b, *parts_of(q)))
+        dx = direct(lambda y=y: _eager.linear_4bit_dx(y, *parts_of(q)))
+        torch.testing.assert_close(dx, OPS.linear_4bit_dx(y, *parts_of(q)))
+        assert dx.shape == x.shape and not dx.requires_grad
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("shape", [(48, 128), (5, 33), (130,), (2, 3, 64)])
 def test_direct_decoding_is_the_operators(device, settings, shape):
