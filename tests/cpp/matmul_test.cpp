@@ -135,13 +135,16 @@ double root_mean_square(const std::vector<double>& a, const std::vector<double>&
   return std::sqrt(sum / static_cast<double>(a.size()));
 }
 
+/// Whether a CPU kernel rounds the weights to the dtype of the activations, as dequantize_4bit does.
+bool rounds_weights(const std::string& kernel) { return kernel.ends_with("_amx"); }
+
 void expect_accurate(const Product& p, const Reference& r, const std::vector<double>& actual,
                      Device device) {
   ASSERT_EQ(actual.size(), r.exact.size());
   const double fp32 = unit_roundoff(DType::kFloat32);
-  // A sum in fp32 of `depth` terms; the GPU's tensor cores may round the weights to dtype as well.
+  // A sum in fp32 of `depth` terms; matrix units take weights that are rounded to dtype as well.
   double relative = fp32 * (8 + 2 * std::sqrt(static_cast<double>(p.depth())));
-  if (device.is_cuda()) relative += unit_roundoff(p.dtype);
+  if (device.is_cuda() || rounds_weights(last_kernel(p.op()))) relative += unit_roundoff(p.dtype);
   for (size_t i = 0; i < actual.size(); ++i) {
     const double bound =
         std::fabs(r.exact[i]) * unit_roundoff(p.dtype) * 1.01 + relative * r.magnitude[i];
@@ -162,6 +165,21 @@ void expect_every_kernel_accurate(const Product& p, uint32_t seed) {
   for (const Device device : test_devices()) {
     for_each_kernel(p.op(), device,
                     [&] { expect_accurate(p, reference, run_on(device, p, inputs), device); });
+  }
+}
+
+void expect_nan_where_used(const Product& p) {
+  SCOPED_TRACE(::testing::Message() << "M " << p.m << ", " << name(p.dtype));
+  Inputs inputs = make_inputs(p, 700);
+  inputs.weight.absmax[4] = std::numeric_limits<float>::quiet_NaN();  // row 2, columns 0..63
+  for (const Device device : test_devices()) {
+    for_each_kernel(p.op(), device, [&] {
+      const std::vector<double> out = run_on(device, p, inputs);
+      for (size_t i = 0; i < out.size(); ++i) {
+        const size_t column = i % static_cast<size_t>(p.columns());
+        EXPECT_EQ(std::isnan(out[i]), p.transposed ? column < 64 : column == 2) << i;
+      }
+    });
   }
 }
 
@@ -212,6 +230,27 @@ TEST_P(Matmul, EveryTypeAndDtype) {
   }
 }
 
+/// What the bfloat16 kernels cut a product into: sixteen rows, chunks of 64 weights, pieces of two,
+/// segments of 4096, panels of 256 and 512; each with a remainder, and each block size.
+TEST_P(Matmul, BFloat16OfEveryCut) {
+  uint32_t seed = 250;
+  const int64_t shapes[][3] = {{1, 1, 32},      {2, 63, 64},     {31, 64, 64},   {33, 65, 32},
+                               {48, 192, 64},   {17, 320, 128},  {16, 4096, 64}, {18, 4224, 64},
+                               {5, 4160, 4096}, {35, 832, 256},  {290, 128, 64}, {515, 64, 512},
+                               {70, 576, 1024}, {12, 1984, 2048}};
+  for (const auto& [rows, cols, block_size] : shapes) {
+    const WeightSpec weight{rows, cols, block_size, kNF4, seed % 2 == 0};
+    for (const int64_t m : {1, 5, 16, 33, 65}) {
+      expect_every_kernel_accurate({weight, m, DType::kBFloat16, transposed()}, ++seed);
+    }
+  }
+}
+
+TEST_P(Matmul, MoreBFloat16RowsThanOnePass) {
+  expect_every_kernel_accurate({{35, 640, 64, kNF4, true}, 530, DType::kBFloat16, transposed()},
+                               390);
+}
+
 TEST_P(Matmul, StridedRows) {
   uint32_t seed = 300;
   for (const int64_t m : {1, 5, 33}) {
@@ -228,8 +267,10 @@ TEST_P(Matmul, MoreRowsThanOnePass) {
 }
 
 TEST_P(Matmul, RepeatsItsBitsWithEveryNumberOfThreads) {
-  for (const int64_t m : {1, 4, 40}) {
-    const Product p{{130, 2304, 64, kNF4, true}, m, DType::kFloat32, transposed()};
+  // The bfloat16 kernels have a way of their own for up to 64 rows.
+  for (const int64_t m : {1, 4, 37, 40, 70}) {
+    const DType dtype = m % 4 == 0 ? DType::kFloat32 : DType::kBFloat16;
+    const Product p{{130, 2304, 64, kNF4, true}, m, dtype, transposed()};
     const Inputs inputs = make_inputs(p, 500);
     for_each_kernel(p.op(), Device::cpu(), [&] {
       const int threads_before = cpu_threads();
@@ -257,17 +298,38 @@ TEST_P(Matmul, NothingToDo) {
 }
 
 TEST_P(Matmul, NanBlocksSpreadOnlyToWhatUsesThem) {
-  Product p{{6, 128, 64, kNF4, false}, 3, DType::kFloat32, transposed()};
-  Inputs inputs = make_inputs(p, 700);
-  inputs.weight.absmax[4] = std::numeric_limits<float>::quiet_NaN();  // row 2, columns 0..63
-  for (const Device device : test_devices()) {
-    for_each_kernel(p.op(), device, [&] {
-      const std::vector<double> out = run_on(device, p, inputs);
-      for (size_t i = 0; i < out.size(); ++i) {
-        const size_t column = i % static_cast<size_t>(p.columns());
-        EXPECT_EQ(std::isnan(out[i]), transposed() ? column < 64 : column == 2) << i;
-      }
-    });
+  for (const DType dtype : kAllDTypes) {
+    for (const int64_t m : {3, 70}) {
+      expect_nan_where_used({{6, 128, 64, kNF4, false}, m, dtype, transposed()});
+    }
+  }
+}
+
+TEST_P(Matmul, ZeroBlocksAndRowsGiveZeros) {
+  for (const int64_t m : {3, 70}) {
+    const Product p{{6, 128, 64, kNF4, false}, m, DType::kBFloat16, transposed()};
+    Inputs inputs = make_inputs(p, 710);
+    std::fill(inputs.weight.absmax.begin(), inputs.weight.absmax.end(), 0.0f);
+    const std::vector<double> zeros(static_cast<size_t>(p.m * p.columns()), 0.0);
+    for (const Device device : test_devices()) {
+      for_each_kernel(p.op(), device, [&] { EXPECT_EQ(run_on(device, p, inputs), zeros); });
+    }
+  }
+}
+
+TEST_P(Matmul, AnInfinityOfARowStaysInIt) {
+  for (const int64_t m : {3, 70}) {
+    const Product p{{6, 128, 64, kNF4, false}, m, DType::kBFloat16, transposed()};
+    Inputs inputs = make_inputs(p, 720);
+    inputs.a[static_cast<size_t>(p.depth())] = std::numeric_limits<double>::infinity();  // row 1
+    for (const Device device : test_devices()) {
+      for_each_kernel(p.op(), device, [&] {
+        const std::vector<double> out = run_on(device, p, inputs);
+        for (size_t i = 0; i < out.size(); ++i) {
+          EXPECT_EQ(std::isfinite(out[i]), i / static_cast<size_t>(p.columns()) != 1) << i;
+        }
+      });
+    }
   }
 }
 
@@ -298,7 +360,7 @@ TEST(MatmulBias, IsAllThereIsWhenKIsZero) {
 
 TEST(MatmulKernels, OnTheCpuOnlyGemvDeclinesAShape) {
   for (const bool transposed : {false, true}) {
-    const Product p{{5, 99, 64, kNF4, false}, 2, DType::kFloat32, transposed};
+    const Product p{{5, 99, 64, kNF4, false}, 2, DType::kBFloat16, transposed};
     const Inputs inputs = make_inputs(p, 1000);
     const auto ran =
         for_each_kernel(p.op(), Device::cpu(), [&] { run_on(Device::cpu(), p, inputs); });
@@ -307,6 +369,26 @@ TEST(MatmulKernels, OnTheCpuOnlyGemvDeclinesAShape) {
       EXPECT_EQ(std::find(ran.begin(), ran.end(), kernel) == ran.end(), declines) << kernel;
     }
   }
+}
+
+/// The measured choices between the CPU kernels (bench/NOTES.md).
+TEST_P(Matmul, OnACpuWithAmxAFewRowsTakeGemvAndMoreTakeAmx) {
+  const std::vector<std::string> kernels =
+      usable_kernels(transposed() ? Op::kMatmul4bitTransposed : Op::kMatmul4bit, Device::cpu());
+  if (std::find(kernels.begin(), kernels.end(), "gemm_amx") == kernels.end()) {
+    GTEST_SKIP() << "this processor has no AMX";
+  }
+  const auto selected = [&](int64_t m, int64_t cols, DType dtype) {
+    const Product p{{8, cols, 64, kNF4, false}, m, dtype, transposed()};
+    run_on(Device::cpu(), p, make_inputs(p, 1100));
+    return last_kernel(p.op());
+  };
+  EXPECT_EQ(selected(4, 128, DType::kBFloat16), "gemv_avx512");
+  EXPECT_EQ(selected(5, 128, DType::kBFloat16), "gemm_amx");
+  EXPECT_EQ(selected(200, 128, DType::kBFloat16), "gemm_amx");
+  EXPECT_EQ(selected(1, 99, DType::kBFloat16), "gemm_amx") << "gemv declines the shape";
+  EXPECT_EQ(selected(12, 128, DType::kFloat32), "gemv_avx512");
+  EXPECT_EQ(selected(13, 128, DType::kFloat16), "gemm_avx512");
 }
 
 }  // namespace

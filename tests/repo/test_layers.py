@@ -18,7 +18,7 @@ WITHOUT_TWIN = {
     "parallel": "the thread pool; a GPU has its own",
     "matmul": "the CUDA matmul is in two folders, gemv and gemm",
 }
-_VARIANT = re.compile(r"_(scalar|avx2|avx512|simt|sm80|sm90|sm90a)$")
+_VARIANT = re.compile(r"_(scalar|avx2|avx512|amx|simt|sm80|sm90|sm90a)$")
 
 
 def missing_twins(names: Collection[str]) -> list[str]:

@@ -25,8 +25,39 @@ bool avx512_usable(Device, std::string* why_not) {
   return usable_if(cpu_features().avx512, "AVX-512 F, BW, VL or DQ", why_not);
 }
 
+#if defined(QN_CPU_AMX)
+bool amx_usable(Device, std::string* why_not) {
+  return usable_if(cpu_features().amx_bf16, "AMX-BF16 or AVX-512 BF16", why_not);
+}
+
+bool is_bfloat16(DType dtype, std::string* why_not) {
+  if (dtype == DType::kBFloat16) return true;
+  *why_not = std::string("the activations are ") + name(dtype) + ", not bfloat16";
+  return false;
+}
+bool bf16_supports(const MatmulArgs& args, std::string* why_not) {
+  return is_bfloat16(args.x.dtype, why_not);
+}
+bool bf16_supports(const MatmulTransposedArgs& args, std::string* why_not) {
+  return is_bfloat16(args.dy.dtype, why_not);
+}
+#endif
+
 /// Rows of X up to which decoding in registers beats decoding to panels, as measured.
 constexpr int64_t kGemvMaxRows = 12;
+#if defined(QN_CPU_AMX)
+/// And up to which it beats AMX, which pays for sixteen rows in any case.
+constexpr int64_t kGemvMaxRowsBesideAmx = 4;
+
+bool amx_preferred(const QuantizedView& weight, int64_t rows) {
+  std::string why_not;
+  return rows > kGemvMaxRowsBesideAmx || !rows_hold_whole_blocks(weight, &why_not);
+}
+bool amx_preferred(const MatmulArgs& args) { return amx_preferred(args.weight, args.x.rows); }
+bool amx_preferred(const MatmulTransposedArgs& args) {
+  return amx_preferred(args.weight, args.dy.rows);
+}
+#endif
 
 bool gemv_supports(const MatmulArgs& args, std::string* why_not) {
   return rows_hold_whole_blocks(args.weight, why_not);
@@ -86,6 +117,18 @@ constexpr KernelEntry<Args> gemm_entry(const char* name, UsableFn usable) {
 }
 #endif
 
+#if defined(QN_CPU_AMX)
+template <class Args, ProductFn<Args> kRun>
+constexpr KernelEntry<Args> amx_entry(const char* name) {
+  return {.name = name,
+          .usable = amx_usable,
+          .supports = bf16_supports,
+          .prefers = amx_preferred,
+          .workspace_bytes = gemm_amx_workspace_bytes,
+          .run = product<Args, kRun>};
+}
+#endif
+
 constexpr KernelEntry<QuantizeArgs> kQuantize[] = {
 #if defined(QN_CPU_X86)
     {.name = "avx512",
@@ -112,6 +155,9 @@ constexpr KernelEntry<DequantizeArgs> kDequantize[] = {
 };
 
 constexpr KernelEntry<MatmulArgs> kMatmul[] = {
+#if defined(QN_CPU_AMX)
+    amx_entry<MatmulArgs, gemm_amx>("gemm_amx"),
+#endif
 #if defined(QN_CPU_X86)
     gemv_entry<MatmulArgs, gemv_avx512>("gemv_avx512", avx512_usable),
     gemm_entry<MatmulArgs, gemm_avx512>("gemm_avx512", avx512_usable),
@@ -125,6 +171,9 @@ constexpr KernelEntry<MatmulArgs> kMatmul[] = {
 };
 
 constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposed[] = {
+#if defined(QN_CPU_AMX)
+    amx_entry<MatmulTransposedArgs, gemm_transposed_amx>("gemm_amx"),
+#endif
 #if defined(QN_CPU_X86)
     gemv_entry<MatmulTransposedArgs, gemv_transposed_avx512>("gemv_avx512", avx512_usable),
     gemm_entry<MatmulTransposedArgs, gemm_transposed_avx512>("gemm_avx512", avx512_usable),

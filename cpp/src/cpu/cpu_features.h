@@ -11,7 +11,8 @@ struct CpuFeatures {
   bool avx512 = false;  ///< AVX-512 F, BW, VL and DQ, and everything in `avx2`
   bool avx512_vbmi = false;
   bool avx512_bf16 = false;
-  std::string brand;  ///< the vendor's name of the processor
+  bool amx_bf16 = false;  ///< and the system has let this process use the tiles
+  std::string brand;      ///< the vendor's name of the processor
 };
 
 /// Read once. All false on other processors than x86-64.

@@ -5,18 +5,6 @@
 namespace qlora_native::cpu {
 namespace {
 
-/// Sixteen floats rounded to bfloat16, as float_to_bfloat16 does.
-__m256i round_to_bfloat16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
-  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet));
-}
-
 struct DequantizeAvx512 {
   /// 16-bit outputs. The table is there twice: a permute of 32 looks at five bits of an index, and
   /// the fifth is the other nibble's.
@@ -29,7 +17,7 @@ struct DequantizeAvx512 {
         constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         table_ = _mm512_broadcast_i64x4(_mm512_cvtps_ph(scaled, kNearest));
       } else {
-        table_ = _mm512_broadcast_i64x4(round_to_bfloat16(scaled));
+        table_ = _mm512_broadcast_i64x4(Avx512::round_to_bfloat16(scaled));
       }
     }
 

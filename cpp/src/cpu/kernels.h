@@ -72,4 +72,12 @@ void gemm_avx512(const MatmulArgs& args, Workspace workspace);
 void gemm_transposed_avx2(const MatmulTransposedArgs& args, Workspace workspace);
 void gemm_transposed_avx512(const MatmulTransposedArgs& args, Workspace workspace);
 
+// ---- matmul of bfloat16 on AMX: the weights are decoded to tiles of bfloat16 ----
+
+int64_t gemm_amx_workspace_bytes(const MatmulArgs& args);
+int64_t gemm_amx_workspace_bytes(const MatmulTransposedArgs& args);
+
+void gemm_amx(const MatmulArgs& args, Workspace workspace);
+void gemm_transposed_amx(const MatmulTransposedArgs& args, Workspace workspace);
+
 }  // namespace qlora_native::cpu

@@ -21,6 +21,7 @@ struct Avx512 {
   static constexpr int kGemvRows = 4;     ///< rows of W that the row-times-row tile takes at a time
 
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats set1(float x) { return _mm512_set1_ps(x); }
   static Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -36,8 +37,22 @@ struct Avx512 {
     } else {
       const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(p));
       if constexpr (kType == DType::kFloat16) return _mm512_cvtph_ps(half);
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      return widen_bfloat16(half);
     }
+  }
+  static Floats widen_bfloat16(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  /// As float_to_bfloat16 does; the processor's own conversion would flush subnormal numbers.
+  static __m256i round_to_bfloat16(Floats x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet));
   }
 
   static Table load_table(const float* values) { return _mm512_loadu_ps(values); }

@@ -21,6 +21,16 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     cpp/src/cpu/gemv_avx512.cpp
     cpp/src/cpu/quantize_avx512.cpp)
   list(APPEND QLORA_NATIVE_CPU_SOURCES ${qn_cpu_avx2_sources} ${qn_cpu_avx512_sources})
+  set(qn_cpu_avx512_flags "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c")
+  set(qn_cpu_definitions QN_CPU_X86)
+  # Compilers older than these instructions leave their kernels out.
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag("-mavx512bf16 -mamx-tile -mamx-bf16" QLORA_NATIVE_HAVE_AMX_FLAGS)
+  if(QLORA_NATIVE_HAVE_AMX_FLAGS)
+    set(qn_cpu_amx_sources cpp/src/cpu/gemm_amx.cpp)
+    list(APPEND QLORA_NATIVE_CPU_SOURCES ${qn_cpu_amx_sources})
+    list(APPEND qn_cpu_definitions QN_CPU_AMX)
+  endif()
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     # GCC 12's own AVX-512 header leaves the operand of an unmasked intrinsic uninitialized.
     set(qn_cpu_quiet "-Wno-uninitialized;-Wno-maybe-uninitialized")
@@ -29,6 +39,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set_source_files_properties(${qn_cpu_avx2_sources} PROPERTIES
     COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   set_source_files_properties(${qn_cpu_avx512_sources} PROPERTIES
-    COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c;${qn_cpu_quiet}")
-  set_source_files_properties(cpp/src/cpu/backend.cpp PROPERTIES COMPILE_DEFINITIONS QN_CPU_X86)
+    COMPILE_OPTIONS "${qn_cpu_avx512_flags};${qn_cpu_quiet}")
+  set_source_files_properties(${qn_cpu_amx_sources} PROPERTIES
+    COMPILE_OPTIONS "${qn_cpu_avx512_flags};-mavx512bf16;-mamx-tile;-mamx-bf16;${qn_cpu_quiet}")
+  set_source_files_properties(cpp/src/cpu/backend.cpp PROPERTIES
+    COMPILE_DEFINITIONS "${qn_cpu_definitions}")
 endif()
