@@ -113,6 +113,8 @@ void multiply_block(const Strips& a, int64_t rows, const Strips& b, int64_t cols
 /// Runs fn(part, panel) for every panel.
 template <class Fn>
 void for_each_panel(const Plan& plan, char* parts, Fn&& fn) {
+  // A thread draws neighbours: the rows that it fetches ahead are its own, not the other core's.
+  const int64_t run = std::max<int64_t>(1, plan.panels / (8 * plan.parts));
   std::atomic<int64_t> next{0};
   parallel_for(plan.parts, 1, [&](int64_t first, int64_t) {
     const TileScope tiles;
@@ -122,9 +124,11 @@ void for_each_panel(const Plan& plan, char* parts, Fn&& fn) {
     part.sums = static_cast<float*>(static_cast<void*>(memory + plan.panel_elems() * 2));
     part.scales = part.sums + plan.sums_elems();
     for (;;) {
-      const int64_t panel = next.fetch_add(1, std::memory_order_relaxed);
-      if (panel >= plan.panels) return;
-      fn(part, panel);
+      const int64_t begin = next.fetch_add(run, std::memory_order_relaxed);
+      if (begin >= plan.panels) return;
+      for (int64_t panel = begin; panel < std::min(begin + run, plan.panels); ++panel) {
+        fn(part, panel);
+      }
     }
   });
 }
