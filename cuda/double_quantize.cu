@@ -10,150 +10,266 @@
 //            same tree over the 1024 lanes;
 //   offset = float(total / number of finite values), or 0 when there is none.
 //
-// Stage 1 and the encoding: a warp per group, 8 warps per thread block; lane l owns slots l, l +
-// 32, ..., l + 224, so that strides of 32 and more stay inside a thread and the others inside the
-// warp. Stage 2: one thread block of 1024 threads, thread j is lane j.
+// Stage 1 (device/group_sum.cuh) is done by the first level where a thread block of it holds whole
+// groups, else by sum_groups_kernel: a warp per group, lane l owns slots l, l + 32, ..., l + 224,
+// so that strides of 32 and more stay inside a thread and the others inside the warp.
 //
-// Bytes moved per block: 4 written by the first level and read twice here (mostly from L2), 1
-// written. Bound: launch latency; this is 1/64 of the elements' work.
+// Stage 2 and the encoding are one launch of at most 128 thread blocks of 1024 threads. Every thread
+// block sums stage 2 for itself, thread j being lane j: the partials lie in the L2 cache, and a
+// launch more would cost more. Then each of its warps encodes groups, with the search of the map in
+// shared memory.
+//
+// Bytes moved per block: 4 written by the first level and read here (from L2), 1 written; 12 per
+// group and thread block. Bound: latencies, 2 to 3 us; this is 1/64 of the elements' work.
 #include "double_quantize.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
-#include "device/decode.cuh"
 #include "device/encode.cuh"
+#include "device/group_sum.cuh"
+#include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
 #include "host/launch.h"
+#include "starting_ranks.h"
 
 namespace qlora_native::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kSlotsPerLane = kGroupSize / kWarpSize;
+constexpr int kSumWarps = 8;
+constexpr int kSumThreads = kSumWarps * kWarpSize;
 constexpr int kSumLanes = 1024;
+constexpr int kEncodeWarps = kSumLanes / kWarpSize;
+constexpr int kMaxEncodeBlocks = 128;
 
-__device__ __forceinline__ int64_t group_of_warp() {
-  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    sum_groups_kernel(const float* absmax, int64_t blocks, int64_t groups, double* partials,
-                      int32_t* finite_counts) {
-  const int64_t group = group_of_warp();
-  if (group >= groups) return;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  double slots[kSlotsPerLane];
-  int finite_count = 0;
+/// The slots of `group` that a lane holds; NaN where the array has ended.
+__device__ __forceinline__ void load_group(const float* absmax, int64_t blocks, int64_t group,
+                                           float (&values)[kSlotsPerLane]) {
+  const int64_t first = group * kGroupSize + threadIdx.x % kWarpSize;
 #pragma unroll
   for (int j = 0; j < kSlotsPerLane; ++j) {
-    const int64_t block = group * kGroupSize + j * kWarpSize + lane;
-    const float value = block < blocks ? absmax[block] : 0.0f;
-    const bool is_finite = abs_bits(value) < kInfinityBits;
-    slots[j] = is_finite ? static_cast<double>(value) : 0.0;
-    finite_count += __popc(__ballot_sync(kAllLanes, is_finite && block < blocks));
-  }
-#pragma unroll
-  for (int stride = kSlotsPerLane / 2; stride > 0; stride /= 2) {
-#pragma unroll
-    for (int j = 0; j < stride; ++j) slots[j] += slots[j + stride];
-  }
-  const double sum = warp_tree_sum(slots[0]);
-  if (lane == 0) {
-    partials[group] = sum;
-    finite_counts[group] = finite_count;
+    const int64_t block = first + j * kWarpSize;
+    values[j] = block < blocks ? absmax[block] : __uint_as_float(kNaNBits);
   }
 }
 
-/// Replaces slots[0] by the pairwise tree over them, in thread 0.
-template <class T>
-__device__ __forceinline__ T block_tree_sum(T* slots, T value) {
-  const int thread = static_cast<int>(threadIdx.x);
-  slots[thread] = value;
-  for (int stride = kSumLanes / 2; stride >= kWarpSize; stride /= 2) {
-    __syncthreads();
-    if (thread < stride) slots[thread] += slots[thread + stride];
-  }
-  return thread < kWarpSize ? warp_tree_sum(slots[thread]) : T{};
+__global__ void __launch_bounds__(kSumThreads)
+    sum_groups_kernel(const float* absmax, int64_t blocks, int64_t groups, GroupSums sums) {
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * kSumWarps + threadIdx.x / kWarpSize;
+  if (group >= groups) return;
+  float values[kSlotsPerLane];
+  load_group(absmax, blocks, group, values);
+  sum_group(values, group, sums);
 }
 
-__global__ void __launch_bounds__(kSumLanes)
-    mean_kernel(const double* partials, const int32_t* finite_counts, int64_t groups,
-                float* offset) {
-  __shared__ double sum_slots[kSumLanes];
-  __shared__ long long count_slots[kSumLanes];
+/// A thread's lane of stage 2, before the tree over the lanes.
+struct LaneSum {
   double sum = 0.0;
   long long count = 0;
-  for (int64_t group = threadIdx.x; group < groups; group += kSumLanes) {
-    sum += partials[group];
-    count += finite_counts[group];
+};
+
+__device__ __forceinline__ LaneSum sum_lane(const GroupSums& sums, int64_t groups) {
+  constexpr int kAhead = 4;  // loads in flight
+  LaneSum lane;
+  for (int64_t first = threadIdx.x; first < groups; first += kAhead * kSumLanes) {
+    double partials[kAhead];
+    int32_t counts[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t group = first + i * kSumLanes;
+      partials[i] = group < groups ? sums.partials[group] : 0.0;
+      counts[i] = group < groups ? sums.finite_counts[group] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      // A zero that is added past the end changes nothing: no sum is negative.
+      lane.sum += partials[i];
+      lane.count += counts[i];
+    }
   }
-  sum = block_tree_sum(sum_slots, sum);
-  count = block_tree_sum(count_slots, count);
-  if (threadIdx.x == 0) {
-    *offset = count == 0 ? 0.0f : __double2float_rn(__ddiv_rn(sum, static_cast<double>(count)));
+  return lane;
+}
+
+/// The mean from the lanes of a thread block of 1024 threads, in every thread.
+__device__ __forceinline__ float mean_of_lanes(LaneSum lane_sum) {
+  // One column more than there are, so that columns and rows are read without bank conflicts.
+  __shared__ double slots[kWarpSize][kWarpSize + 1];
+  __shared__ double columns[kWarpSize];
+  __shared__ long long counts[kWarpSize];
+  __shared__ float mean;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  slots[warp][lane] = lane_sum.sum;
+  const long long count = warp_tree_sum(lane_sum.count);
+  if (lane == 0) counts[warp] = count;
+  __syncthreads();
+  // Strides 512 to 32 of the tree are strides 16 to 1 over the rows of a column: a warp each.
+  const double column = warp_tree_sum(slots[lane][warp]);
+  if (lane == 0) columns[warp] = column;
+  __syncthreads();
+  if (warp == 0) {
+    const double total = warp_tree_sum(columns[lane]);
+    const long long finite = warp_tree_sum(counts[lane]);
+    if (lane == 0) {
+      mean = finite == 0 ? 0.0f : __double2float_rn(__ddiv_rn(total, static_cast<double>(finite)));
+    }
+  }
+  __syncthreads();
+  return mean;
+}
+
+/// What the search of the dynamic map reads, at random: it belongs into shared memory. As words,
+/// which a thread block copies at once.
+struct alignas(16) MapTables {
+  StartingRanks starts;
+  float points[256];  ///< the decision points, and infinity: nothing lies above the last entry
+};
+constexpr MapTables map_tables() {
+  MapTables tables{kStartingRanks, {}};
+  for (int i = 0; i < 255; ++i) tables.points[i] = kSignedDynamicMap.decision_points[i];
+  tables.points[255] = std::numeric_limits<float>::infinity();
+  return tables;
+}
+static __device__ const MapTables kMapTables = map_tables();
+constexpr int kMapVectors = sizeof(MapTables) / sizeof(uint4);
+
+/// encode_dynamic for finite values by one comparison.
+__device__ __forceinline__ uint32_t nearest_code(const MapTables& tables, float x) {
+  const uint32_t bits = __float_as_uint(x);
+  const uint32_t rank = tables.starts.ranks[bits >> 31][StartingRanks::bucket(bits & 0x7fffffffu)];
+  return rank + (x > tables.points[rank] ? 1 : 0);
+}
+
+struct EncodeParams {
+  const float* absmax;
+  int64_t blocks;
+  int64_t groups;
+  const float* pinned_offset;
+  GroupSums sums;
+  MutableAbsmax out;
+  bool codes_are_aligned;  ///< to 8 bytes
+};
+
+/// Blocks of `group` that a lane encodes: eight neighbours, whichever slots of the sum they are.
+__device__ __forceinline__ int64_t first_block_of_lane(int64_t group) {
+  return group * kGroupSize + threadIdx.x % kWarpSize * kSlotsPerLane;
+}
+
+/// Zeros where the array has ended. The workspace is aligned for 16-byte loads.
+__device__ __forceinline__ void load_absmax(const EncodeParams& p, int64_t group,
+                                            float (&values)[kSlotsPerLane]) {
+  const int64_t first = first_block_of_lane(group);
+  if (first + kSlotsPerLane <= p.blocks) {
+    load8<true>(p.absmax + first, values);
+  } else {
+    load8_partial(p.absmax + first, p.blocks - first, values);
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    encode_absmax_kernel(const float* absmax, int64_t blocks, int64_t groups, const float* offset,
-                         float* absmax2, uint8_t* codes) {
-  // The map's points are read at random: from shared memory. As words, because a shared variable
-  // cannot have the initializers of a DynamicMap.
-  constexpr int kWords = sizeof(DynamicMap) / sizeof(uint32_t);
-  __shared__ uint32_t map_words[kWords];
-  const auto* const source = reinterpret_cast<const uint32_t*>(&kDynamicMapOnDevice);
-  for (int i = static_cast<int>(threadIdx.x); i < kWords; i += kThreads) map_words[i] = source[i];
-  __syncthreads();
-  const auto& map = *reinterpret_cast<const DynamicMap*>(map_words);
+__device__ __forceinline__ void store_codes(const EncodeParams& p, int64_t group,
+                                            const uint32_t (&codes)[kSlotsPerLane]) {
+  const int64_t first = first_block_of_lane(group);
+  uint8_t* const target = p.out.codes + first;
+  if (p.codes_are_aligned && first + kSlotsPerLane <= p.blocks) {
+    *reinterpret_cast<uint2*>(target) =
+        make_uint2(codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24,
+                   codes[4] | codes[5] << 8 | codes[6] << 16 | codes[7] << 24);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSlotsPerLane; ++j) {
+      if (first + j < p.blocks) target[j] = static_cast<uint8_t>(codes[j]);
+    }
+  }
+}
 
-  const int64_t group = group_of_warp();
-  if (group >= groups) return;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const float mean = *offset;
-  float deviations[kSlotsPerLane];
+__device__ __forceinline__ void encode_group(const EncodeParams& p, const MapTables& tables,
+                                             float offset, int64_t group,
+                                             float (&values)[kSlotsPerLane]) {
+  const int64_t first = first_block_of_lane(group);
   uint32_t max_bits = 0;
 #pragma unroll
   for (int j = 0; j < kSlotsPerLane; ++j) {
-    const int64_t block = group * kGroupSize + j * kWarpSize + lane;
-    deviations[j] = block < blocks ? __fsub_rn(absmax[block], mean) : 0.0f;
-    max_bits = max(max_bits, abs_bits(deviations[j]));
+    values[j] = __fsub_rn(values[j], offset);
+    if (first + j < p.blocks) max_bits = max(max_bits, abs_bits(values[j]));
   }
   const ScaleOf scale(group_max(max_bits, kWarpSize));
-  if (lane == 0) absmax2[group] = scale.absmax;
+  if (threadIdx.x % kWarpSize == 0) p.out.absmax2[group] = scale.absmax;
+  uint32_t codes[kSlotsPerLane];
 #pragma unroll
   for (int j = 0; j < kSlotsPerLane; ++j) {
-    const int64_t block = group * kGroupSize + j * kWarpSize + lane;
-    if (block < blocks) {
-      codes[block] = scale.valid ? encode_dynamic(map, __fmul_rn(deviations[j], scale.reciprocal))
-                                 : kSignedDynamicZeroCode;
-    }
+    // Of a NaN too: its place lies in the tables, and the code is not used.
+    const uint32_t code = nearest_code(tables, __fmul_rn(values[j], scale.reciprocal));
+    codes[j] = scale.valid ? code : kSignedDynamicZeroCode;
+  }
+  store_codes(p, group, codes);
+}
+
+__global__ void __launch_bounds__(kSumLanes)
+    encode_absmax_kernel(const __grid_constant__ EncodeParams p) {
+  __shared__ uint4 table_vectors[kMapVectors];
+  static_assert(kMapVectors <= kSumLanes);
+  // All loads are issued before anything waits for one.
+  uint4 table_vector{};
+  if (threadIdx.x < kMapVectors) {
+    table_vector = reinterpret_cast<const uint4*>(&kMapTables)[threadIdx.x];
+  }
+  // Warps of different thread blocks take neighbouring groups: all SMs have work when it is little.
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kEncodeWarps;
+  int64_t group = blockIdx.x + static_cast<int64_t>(threadIdx.x / kWarpSize) * gridDim.x;
+  float values[kSlotsPerLane];
+  if (group < p.groups) load_absmax(p, group, values);
+  float offset = 0.0f;
+  LaneSum lane_sum;
+  if (p.pinned_offset == nullptr) {
+    lane_sum = sum_lane(p.sums, p.groups);
+  } else {
+    offset = *p.pinned_offset;
+  }
+  if (threadIdx.x < kMapVectors) table_vectors[threadIdx.x] = table_vector;
+  if (p.pinned_offset == nullptr) {
+    offset = mean_of_lanes(lane_sum);
+  } else {
+    __syncthreads();
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0 && p.out.offset != p.pinned_offset) {
+    *p.out.offset = offset;
+  }
+  const auto& tables = *reinterpret_cast<const MapTables*>(table_vectors);
+  while (group < p.groups) {
+    float next[kSlotsPerLane];
+    if (group + step < p.groups) load_absmax(p, group + step, next);
+    encode_group(p, tables, offset, group, values);
+#pragma unroll
+    for (int j = 0; j < kSlotsPerLane; ++j) values[j] = next[j];
+    group += step;
   }
 }
 
 }  // namespace
 
-int64_t double_quantize_scratch_bytes(int64_t blocks) {
+int64_t group_sums_bytes(int64_t blocks) {
   return num_groups(blocks) * static_cast<int64_t>(sizeof(double) + sizeof(int32_t));
 }
 
-void double_quantize(const float* absmax, int64_t blocks, const float* pinned_offset,
-                     const MutableAbsmax& out, void* scratch, cudaStream_t stream) {
+GroupSums group_sums(void* scratch, int64_t blocks) {
+  auto* const partials = static_cast<double*>(scratch);
+  return {partials, reinterpret_cast<int32_t*>(partials + num_groups(blocks))};
+}
+
+void sum_groups(const float* absmax, int64_t blocks, const GroupSums& sums, cudaStream_t stream) {
   const int64_t groups = num_groups(blocks);
-  const LaunchShape warp_per_group{ceil_div(groups, kWarps), kThreads};
-  if (pinned_offset == nullptr) {
-    auto* const partials = static_cast<double*>(scratch);
-    auto* const finite_counts = reinterpret_cast<int32_t*>(partials + groups);
-    launch("quantize_4bit sum of groups", sum_groups_kernel, warp_per_group, stream, absmax, blocks,
-           groups, partials, finite_counts);
-    launch("quantize_4bit mean of absmax", mean_kernel, {1, kSumLanes}, stream, partials,
-           finite_counts, groups, out.offset);
-  } else if (pinned_offset != out.offset) {
-    QN_CUDA_TRY(cudaMemcpyAsync(out.offset, pinned_offset, sizeof(float), cudaMemcpyDeviceToDevice,
-                                stream));
-  }
-  launch("quantize_4bit absmax codes", encode_absmax_kernel, warp_per_group, stream, absmax, blocks,
-         groups, out.offset, out.absmax2, out.codes);
+  launch("quantize_4bit sum of groups", sum_groups_kernel,
+         {ceil_div(groups, kSumWarps), kSumThreads}, stream, absmax, blocks, groups, sums);
+}
+
+void encode_absmax(const float* absmax, int64_t blocks, const float* pinned_offset,
+                   const GroupSums& sums, const MutableAbsmax& out, cudaStream_t stream) {
+  const int64_t groups = num_groups(blocks);
+  const EncodeParams params{
+      absmax, blocks, groups, pinned_offset, sums, out, is_aligned(out.codes, 8)};
+  launch("quantize_4bit absmax codes", encode_absmax_kernel,
+         {std::min<int64_t>(groups, kMaxEncodeBlocks), kSumLanes}, stream, params);
 }
 
 }  // namespace qlora_native::cuda

@@ -34,6 +34,24 @@ TEST(DoubleQuantize, MatchesTheReference) {
   expect_matches_reference(ragged, gaussian(ragged.numel(), DType::kFloat32, ++seed));
 }
 
+TEST(DoubleQuantize, GroupsOfEveryBlockSize) {
+  uint32_t seed = 30;
+  for (int64_t block_size = kMinBlockSize; block_size <= kMaxBlockSize; block_size *= 2) {
+    // Two groups, a piece of a third, and a short block at its end.
+    const WeightSpec spec{1, 525 * block_size + 7, block_size, kNF4, true};
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      SCOPED_TRACE(::testing::Message() << spec << ", " << name(dtype));
+      const std::vector<double> values = gaussian(spec.numel(), dtype, ++seed);
+      const HostWeight expected = reference_quantize(spec, values);
+      for (const Device device : test_devices()) {
+        for_each_kernel(Op::kQuantize4bit, device, [&] {
+          expect_same_bytes(quantize_on(device, spec, dtype, values), expected);
+        });
+      }
+    }
+  }
+}
+
 TEST(DoubleQuantize, MoreGroupsThanLanes) {
   // The second stage of the sum has 1024 lanes; 1100 groups make it go round.
   const WeightSpec spec{1100 * 256, 32, 32, kINT4, true};

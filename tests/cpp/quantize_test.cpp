@@ -131,6 +131,43 @@ TEST(Quantize, SubnormalsAndExtremes) {
   }
 }
 
+TEST(Quantize, TakesArraysAtAnyAddress) {
+  for (const DType dtype : kAllDTypes) {
+    const WeightSpec spec{3, 1111, 64, kNF4, false};
+    const std::vector<double> values = gaussian(spec.numel(), dtype, 6);
+    const HostWeight expected = reference_quantize(spec, values);
+    // An element behind a wide access's boundary, and a byte.
+    const int64_t input_shift = size_bytes(dtype);
+    const int64_t packed_shift = 1;
+    std::vector<uint8_t> bytes = to_bytes(dtype, values);
+    bytes.insert(bytes.begin(), static_cast<size_t>(input_shift), 0xff);
+    for (const Device device : test_devices()) {
+      for_each_kernel(Op::kQuantize4bit, device, [&] {
+        DeviceArray<uint8_t> input(device, std::span<const uint8_t>(bytes));
+        DeviceArray<uint8_t> packed(device, packed_bytes(spec.numel()) + packed_shift);
+        DeviceArray<float> absmax(device, spec.blocks());
+        QuantizeArgs args;
+        args.input = {input.data() + input_shift, spec.numel(), dtype, device};
+        args.output.packed = packed.data() + packed_shift;
+        args.output.absmax.values = absmax.data();
+        args.output.rows = spec.rows;
+        args.output.cols = spec.cols;
+        args.output.block_size = spec.block_size;
+        args.output.codebook = spec.codebook;
+        args.output.device = device;
+        const TestStream stream(device);
+        quantize_4bit(args, {}, stream.get());
+        stream.synchronize();
+        packed.expect_guards_intact();
+        std::vector<uint8_t> codes = packed.to_host();
+        codes.erase(codes.begin(), codes.begin() + packed_shift);
+        EXPECT_EQ(codes, expected.packed) << name(dtype);
+        EXPECT_EQ(absmax.to_host(), expected.absmax) << name(dtype);
+      });
+    }
+  }
+}
+
 TEST(Quantize, EmptyInputsWriteNothing) {
   for (const Device device : test_devices()) {
     for (const bool double_quant : {false, true}) {

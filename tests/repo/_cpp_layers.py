@@ -33,7 +33,9 @@ LAYERS = (
     Layer("umbrella", _public("qlora_native")),
     Layer("c_abi", _public("c_api")),
     Layer(
-        "backend", ("cpp/src/kernel_table.h", "cpp/src/backend.h"), not_from=("umbrella", "c_abi")
+        "backend",
+        ("cpp/src/kernel_table.h", "cpp/src/backend.h", "cpp/src/starting_ranks.h"),
+        not_from=("umbrella", "c_abi"),
     ),
     Layer("cpu", ("cpp/src/cpu/*",), not_from=("umbrella", "c_abi")),
     Layer("no_cuda", ("cpp/src/no_cuda/*",), not_from=("umbrella", "c_abi", "cpu")),

@@ -1,0 +1,69 @@
+// Copies between global and shared memory that nobody waits for at once.
+#pragma once
+
+#include <cstdint>
+
+#include "device/warp_reduce.cuh"
+
+namespace qlora_native::cuda {
+
+/// Starts a copy of 16 bytes to shared memory, past the L1 cache. Both addresses are 16-byte
+/// aligned.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* source) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+}
+
+/// Closes a group of the thread's copies.
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/// Waits until at most `kPending` of the thread's latest groups are not complete. Other threads
+/// need a barrier after it.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+/// Stores `kBytes` (a multiple of 512) that the lanes of a warp have written to shared memory; all
+/// of them call it, both addresses are 16-byte aligned, and `source` stays as it is until the thread
+/// block ends. On sm_90 one bulk copy, which arrives in whole lines and takes no registers;
+/// `evict_first` then tells the L2 cache that nobody will read the target soon.
+template <int kBytes>
+__device__ __forceinline__ void store_by_warp(void* target, const void* source, bool evict_first) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#if __CUDA_ARCH__ >= 900
+  // What this lane wrote must be seen by the copy engine.
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncwarp();
+  if (lane != 0) return;
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(source));
+  if (evict_first) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
+            target),
+        "r"(address), "n"(kBytes), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
+                 "r"(address), "n"(kBytes)
+                 : "memory");
+  }
+  // The thread block must not give up its memory before it has been read.
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#else
+  static_cast<void>(evict_first);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kBytes / 512; ++i) {
+    static_cast<uint4*>(target)[i * kWarpSize + lane] =
+        static_cast<const uint4*>(source)[i * kWarpSize + lane];
+  }
+#endif
+}
+
+}  // namespace qlora_native::cuda
