@@ -2,25 +2,28 @@
 //
 // One launch, the nested absmax included.
 //
-// Grid: one thread block of 256 threads per tile of 256 * kItems items; an item is the elements of
-// one 16-byte store (8 of a 16-bit type, 4 of fp32) and thread t owns items t, t + 256, ... of the
-// tile, so that a warp reads 128 (64) consecutive bytes of codes and writes 512 consecutive bytes.
-// An item lies in one quantization block, since block sizes are multiples of 32.
-//
-// Each thread first issues all its loads (codes, then scales), and the table is filled meanwhile:
-// the latencies of kItems items overlap.
+// A warp decodes a chunk of 1024 consecutive elements, a lane 32 of them: one 16-byte load of codes
+// and one scale, since block sizes are multiples of 32. The results go to shared memory and from
+// there to global memory as one piece of 2 KB (4 KB of fp32; device/async_copy.cuh). Grid: a thread
+// block of 8 warps per 8 chunks. Small, short-lived thread blocks keep the writes of the whole
+// device close together: loops over more chunks, with the next ones loaded ahead, were slower
+// (bench/NOTES.md).
 //
 // Layouts: element e is a nibble of packed[e / 2] (even e: the high one), block e / block_size,
-// group block / 256. Pointers that are not aligned for the wide accesses take narrow ones
-// (kAligned = false): same indices.
+// group block / 256. In shared memory a chunk lies as in global memory. A lane's 16-byte vectors are
+// 64 (128) bytes from its neighbour's: each lane begins with another one of its vectors, so that
+// eight lanes write to eight places of 128 bytes. Pointers that are not aligned to 16 bytes take
+// narrow accesses (kAligned = false), as does a chunk that the array's end cuts off.
 //
 // Bytes moved per element: 1/2 + scales (1/64 with double quantization at block size 64, 1/16 with
 // fp32 absmax) + sizeof(T). Bound: memory. Needed at 4.3 TB/s: 7.4 elements per clock and SM for
 // 16-bit outputs; the table's reads allow 32.
 #include <cstdint>
 
+#include "device/async_copy.cuh"
 #include "device/decode.cuh"
 #include "device/vec_load.cuh"
+#include "device/warp_reduce.cuh"
 #include "host/kernel_args.h"
 #include "host/launch.h"
 #include "host/stream.h"
@@ -29,8 +32,15 @@
 namespace qlora_native::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kItems = 4;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kLaneElems = 32;
+constexpr int kChunk = kWarpSize * kLaneElems;
+template <class T>
+constexpr int kBlocksPerSm = sizeof(T) == 2 ? 8 : 4;
+
+/// Larger outputs than any L2 cache: what is written first is gone when the kernel ends.
+constexpr int64_t kCachedBytes = int64_t{64} << 20;
 
 template <class T>
 struct DequantizeParams {
@@ -41,91 +51,88 @@ struct DequantizeParams {
   int64_t numel;
 };
 
-/// The codes of one item in memory order: four bytes, or two when T is fp32.
+/// The codes of a lane's elements, `elem` the first, as four words in memory order.
 template <bool kAligned, class T>
-__device__ __forceinline__ uint32_t load_item_codes(const uint8_t* source) {
-  constexpr int kBytes = kVectorElems<T> / 2;
-  if constexpr (kAligned && kBytes == 4) {
-    return load_streaming(reinterpret_cast<const uint32_t*>(source));
-  } else if constexpr (kAligned) {
-    return load_streaming(reinterpret_cast<const uint16_t*>(source));
-  } else {
-    uint32_t word = 0;
-#pragma unroll
-    for (int byte = 0; byte < kBytes; ++byte)
-      word |= static_cast<uint32_t>(source[byte]) << (8 * byte);
-    return word;
+__device__ __forceinline__ void load_codes(const DequantizeParams<T>& p, int64_t elem,
+                                           uint32_t (&words)[4]) {
+  const uint8_t* const source = p.packed + elem / 2;
+  if (kAligned && elem + kLaneElems <= p.numel) {
+    const uint4 vector = load_streaming(reinterpret_cast<const uint4*>(source));
+    words[0] = vector.x;
+    words[1] = vector.y;
+    words[2] = vector.z;
+    words[3] = vector.w;
+    return;
   }
-}
-
-template <bool kAligned, class T>
-__device__ __forceinline__ void store_item(T* target, const float (&weights)[8], float absmax) {
-  Vector<T> vector;
+  const int64_t bytes = packed_bytes(p.numel) - elem / 2;
 #pragma unroll
-  for (int i = 0; i < kVectorElems<T>; ++i) {
-    vector.elems[i] = from_float<T>(__fmul_rn(weights[i], absmax));
-  }
-  if constexpr (kAligned) {
-    *reinterpret_cast<Vector<T>*>(target) = vector;
-  } else {
+  for (int word = 0; word < 4; ++word) {
+    words[word] = 0;
 #pragma unroll
-    for (int i = 0; i < kVectorElems<T>; ++i) target[i] = vector.elems[i];
-  }
-}
-
-/// One tile. `kFull`: it lies inside the array, so that nothing is guarded and the items
-/// interleave.
-template <bool kFull, bool kAligned, class T, bool kDoubleQuant>
-__device__ __forceinline__ void decode_tile(const DequantizeParams<T>& p,
-                                            const ScaleReader<kDoubleQuant>& scales, int64_t first,
-                                            LookupTable& table) {
-  constexpr int kElems = kVectorElems<T>;
-  constexpr int64_t kStride = int64_t{kThreads} * kElems;
-  const auto is_whole = [&](int64_t elem) { return kFull || elem + kElems <= p.numel; };
-
-  uint32_t codes[kItems];
-  RawScale raw[kItems];
-#pragma unroll
-  for (int item = 0; item < kItems; ++item) {
-    const int64_t elem = first + item * kStride;
-    if (is_whole(elem)) {
-      codes[item] = load_item_codes<kAligned, T>(p.packed + elem / 2);
-      raw[item] = scales.load(elem);
-    }
-  }
-  table.fill(p.codebook);
-  __syncthreads();
-
-#pragma unroll
-  for (int item = 0; item < kItems; ++item) {
-    const int64_t elem = first + item * kStride;
-    if (is_whole(elem)) {
-      float weights[8];
-      decode8(table, codes[item], weights);
-      store_item<kAligned>(p.output + elem, weights, scales.decode(raw[item]));
-    } else if (elem < p.numel) {
-      // The array's last item is short.
-      const float absmax = scales.decode(scales.load(elem));
-      for (int64_t e = elem; e < p.numel; ++e) {
-        p.output[e] = from_float<T>(__fmul_rn(table[load_code(p.packed, e)], absmax));
+    for (int byte = 0; byte < 4; ++byte) {
+      if (4 * word + byte < bytes) {
+        words[word] |= static_cast<uint32_t>(source[4 * word + byte]) << (8 * byte);
       }
     }
   }
 }
 
-template <class T, bool kDoubleQuant, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 6)
-    dequantize_kernel(const __grid_constant__ DequantizeParams<T> p) {
+/// Decodes a lane's elements to its part of `chunk`.
+template <class T>
+__device__ __forceinline__ void decode_lane(const LookupTable& table, const uint32_t (&words)[4],
+                                            float absmax, T* chunk) {
   constexpr int kElems = kVectorElems<T>;
-  constexpr int64_t kTile = int64_t{kThreads} * kItems * kElems;
+  constexpr int kVectors = kLaneElems / kElems;  // 4, or 8 of fp32
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int v = (i + (kVectors == 4 ? lane / 2 : lane)) % kVectors;
+    const int place = v * kElems / 8;  // of the word
+    const uint32_t low = place % 2 == 0 ? words[0] : words[1];
+    const uint32_t high = place % 2 == 0 ? words[2] : words[3];
+    uint32_t word = place / 2 == 0 ? low : high;
+    if constexpr (kElems == 4) word >>= v % 2 * 16;
+    float weights[kElems];
+    decode_word(table, word, weights);
+    Vector<T> vector;
+#pragma unroll
+    for (int j = 0; j < kElems; ++j) vector.elems[j] = from_float<T>(__fmul_rn(weights[j], absmax));
+    *reinterpret_cast<Vector<T>*>(chunk + lane * kLaneElems + v * kElems) = vector;
+  }
+}
+
+template <class T, bool kDoubleQuant, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
+    dequantize_kernel(const __grid_constant__ DequantizeParams<T> p) {
   __shared__ LookupTable table;
+  __shared__ float map[kDoubleQuant ? 256 : 1];
+  __shared__ alignas(128) T chunks[kWarps][kChunk];
+  table.fill(p.codebook);
+  if constexpr (kDoubleQuant) map[threadIdx.x] = kDynamicMapOnDevice.values[threadIdx.x];
+
   const ScaleReader<kDoubleQuant> scales(p.scales);
-  const int64_t tile = blockIdx.x * kTile;
-  const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kElems;
-  if (tile + kTile <= p.numel) {
-    decode_tile<true, kAligned>(p, scales, first, table);
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kChunk;
+  const int64_t elem = first + lane * kLaneElems;
+  uint32_t words[4];
+  RawScale raw{};
+  if (elem < p.numel) {
+    load_codes<kAligned>(p, elem, words);
+    raw = scales.load(elem);
+  }
+  __syncthreads();
+  if (first >= p.numel) return;
+
+  T* const chunk = chunks[warp];
+  if (elem < p.numel) decode_lane(table, words, scales.decode(raw, map), chunk);
+  if (kAligned && first + kChunk <= p.numel) {
+    const bool evict_first = p.numel * static_cast<int64_t>(sizeof(T)) > kCachedBytes;
+    store_by_warp<kChunk * sizeof(T)>(p.output + first, chunk, evict_first);
   } else {
-    decode_tile<false, kAligned>(p, scales, first, table);
+    __syncwarp();
+    const auto count = static_cast<int>(min(p.numel - first, int64_t{kChunk}));
+    for (int i = lane; i < count; i += kWarpSize) p.output[first + i] = chunk[i];
   }
 }
 
@@ -138,13 +145,13 @@ void dequantize_simt(const DequantizeArgs& args, Workspace, Stream stream) {
     using T = typename decltype(tag)::type;
     const DequantizeParams<T> params{weight.packed, block_scales(weight), weight.codebook,
                                      static_cast<T*>(args.output.data), weight.numel()};
-    const bool aligned = is_aligned(params.output, 16) && is_aligned(params.packed, 4);
+    const bool aligned = is_aligned(params.output, 16) && is_aligned(params.packed, 16);
     visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {
       visit_bool(aligned, [&](auto is_vector) {
         launch("dequantize_4bit simt",
                dequantize_kernel<T, decltype(double_quant)::value, decltype(is_vector)::value>,
-               {ceil_div(weight.numel(), int64_t{kThreads} * kItems * kVectorElems<T>), kThreads},
-               to_cuda(stream), params);
+               {ceil_div(weight.numel(), int64_t{kWarps} * kChunk), kThreads}, to_cuda(stream),
+               params);
       });
     });
   });

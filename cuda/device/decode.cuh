@@ -30,19 +30,25 @@ __device__ __forceinline__ float load_shared(uint32_t address) {
   return value;
 }
 
-/// Decodes the eight codes of a 32-bit word (four bytes in memory order, the first element of each
-/// in its high nibble).
-__device__ __forceinline__ void decode8(const LookupTable& table, uint32_t word, float (&out)[8]) {
+/// Decodes the first `kCodes` of the eight codes of a 32-bit word (four bytes in memory order, the
+/// first element of each in its high nibble).
+template <int kCodes>
+__device__ __forceinline__ void decode_word(const LookupTable& table, uint32_t word,
+                                            float (&out)[kCodes]) {
   const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(table.values));
   // Byte i of `first` and `second` is the offset of an entry: a mask and a shift serve four codes,
   // and one permutation per code puts the offset in place of the base's lowest byte.
   const uint32_t first = (word >> 2) & 0x3c3c3c3cu;
   const uint32_t second = (word << 2) & 0x3c3c3c3cu;
 #pragma unroll
-  for (int byte = 0; byte < 4; ++byte) {
+  for (int byte = 0; byte < kCodes / 2; ++byte) {
     out[2 * byte] = load_shared(__byte_perm(first, base, 0x7650 + byte));
     out[2 * byte + 1] = load_shared(__byte_perm(second, base, 0x7650 + byte));
   }
+}
+
+__device__ __forceinline__ void decode8(const LookupTable& table, uint32_t word, float (&out)[8]) {
+  decode_word(table, word, out);
 }
 
 /// The code of element `elem` of a packed array: any alignment, one byte read.
@@ -85,10 +91,15 @@ class ScaleReader {
     }
   }
 
-  /// Two rounded operations, never an FMA: the same bits on every backend.
   __device__ __forceinline__ float decode(RawScale raw) const {
+    return decode(raw, kDynamicMapOnDevice.values);
+  }
+
+  /// With a copy of the dynamic map's values, say in shared memory.
+  /// Two rounded operations, never an FMA: the same bits on every backend.
+  __device__ __forceinline__ float decode(RawScale raw, const float* map) const {
     if constexpr (kDoubleQuant) {
-      return __fadd_rn(__fmul_rn(kDynamicMapOnDevice.values[raw.code], raw.value), offset_);
+      return __fadd_rn(__fmul_rn(map[raw.code], raw.value), offset_);
     } else {
       return raw.value;
     }

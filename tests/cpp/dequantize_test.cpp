@@ -101,6 +101,47 @@ TEST(Dequantize, RoundTripStaysWithinHalfAStep) {
   }
 }
 
+TEST(Dequantize, TakesArraysAtAnyAddress) {
+  const WeightSpec spec{3, 1111, 64, kNF4, false};
+  const HostWeight weight = random_weight(spec, 54);
+  const std::vector<double> decoded = reference_decode(spec, weight);
+  std::vector<uint8_t> codes = weight.packed;
+  codes.insert(codes.begin(), 1, 0xff);
+  for (const DType dtype : kAllDTypes) {
+    const std::vector<double> expected = from_bytes(dtype, to_bytes(dtype, decoded));
+    const int64_t shift = size_bytes(dtype);
+    for (const Device device : test_devices()) {
+      for_each_kernel(Op::kDequantize4bit, device, [&] {
+        DeviceArray<uint8_t> packed(device, std::span<const uint8_t>(codes));
+        DeviceArray<float> absmax(device, std::span<const float>(weight.absmax));
+        DeviceArray<uint8_t> output(device, spec.numel() * size_bytes(dtype) + shift);
+        QuantizedView view;
+        view.packed = packed.data() + 1;
+        view.absmax.values = absmax.data();
+        view.rows = spec.rows;
+        view.cols = spec.cols;
+        view.block_size = spec.block_size;
+        view.codebook = spec.codebook;
+        view.device = device;
+        const TestStream stream(device);
+        dequantize_4bit({view, {output.data() + shift, spec.numel(), dtype, device}}, stream.get());
+        stream.synchronize();
+        output.expect_guards_intact();
+        std::vector<uint8_t> bytes = output.to_host();
+        bytes.erase(bytes.begin(), bytes.begin() + shift);
+        const std::vector<double> actual = from_bytes(dtype, bytes);
+        for (size_t i = 0; i < expected.size(); ++i) {
+          if (std::isnan(expected[i])) {
+            ASSERT_TRUE(std::isnan(actual[i])) << i;
+          } else {
+            ASSERT_EQ(actual[i], expected[i]) << name(dtype) << ", element " << i;
+          }
+        }
+      });
+    }
+  }
+}
+
 TEST(Dequantize, EmptyWeightsWriteNothing) {
   for (const Device device : test_devices()) {
     const WeightSpec spec{64, 0, 64, kNF4, false};
