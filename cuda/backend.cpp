@@ -49,6 +49,12 @@ bool supports_matmul(const MatmulArgs& args, std::string* why_not) {
          scales_are_aligned(args.weight.absmax, why_not);
 }
 
+/// What all products ask for, and what one kernel does.
+template <bool (*kSupports)(const MatmulArgs&, std::string*)>
+bool supports_matmul_and(const MatmulArgs& args, std::string* why_not) {
+  return supports_matmul(args, why_not) && kSupports(args, why_not);
+}
+
 bool supports_matmul_transposed(const MatmulTransposedArgs& args, std::string* why_not) {
   const int64_t bytes = size_bytes(args.dy.dtype);
   return has_natural_alignment("dy", args.dy.data, bytes, why_not) &&
@@ -69,6 +75,15 @@ constexpr KernelEntry<DequantizeArgs> kDequantizeKernels[] = {
 };
 
 constexpr KernelEntry<MatmulArgs> kMatmulKernels[] = {
+    {.name = "gemv_mma",
+     .usable = is_gemv_mma_usable,
+     .supports = supports_matmul_and<supports_gemv_mma>,
+     .run = gemv_mma},
+    {.name = "gemm_mma",
+     .usable = is_gemm_mma_usable,
+     .supports = supports_matmul_and<supports_gemm_mma>,
+     .prefers = prefers_gemm_mma,
+     .run = gemm_mma},
     {.name = "gemv_simt",
      .usable = is_usable,
      .supports = supports_matmul,

@@ -22,6 +22,7 @@
 
 #include "device/async_copy.cuh"
 #include "device/decode.cuh"
+#include "device/grid_dependency.cuh"
 #include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
 #include "host/kernel_args.h"
@@ -109,6 +110,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   __shared__ alignas(128) T chunks[kWarps][kChunk];
   table.fill(p.codebook);
   if constexpr (kDoubleQuant) map[threadIdx.x] = kDynamicMapOnDevice.values[threadIdx.x];
+  wait_for_previous_kernel();
 
   const ScaleReader<kDoubleQuant> scales(p.scales);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -150,8 +152,10 @@ void dequantize_simt(const DequantizeArgs& args, Workspace, Stream stream) {
       visit_bool(aligned, [&](auto is_vector) {
         launch("dequantize_4bit simt",
                dequantize_kernel<T, decltype(double_quant)::value, decltype(is_vector)::value>,
-               {ceil_div(weight.numel(), int64_t{kWarps} * kChunk), kThreads}, to_cuda(stream),
-               params);
+               {.grid = ceil_div(weight.numel(), int64_t{kWarps} * kChunk),
+                .block = kThreads,
+                .overlaps_previous = true},
+               to_cuda(stream), params);
       });
     });
   });

@@ -21,6 +21,17 @@ void gemv_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
 /// Whether the GEMV is the better choice for these arguments than the tiled kernel.
 bool prefers_gemv(const MatmulArgs& args);
 
+// The tensor-core products for small M: `supports` leaves out what every kernel asks for (natural
+// alignment).
+bool is_gemv_mma_usable(Device device, std::string* why_not);
+bool supports_gemv_mma(const MatmulArgs& args, std::string* why_not);
+void gemv_mma(const MatmulArgs& args, Workspace workspace, Stream stream);
+
+bool is_gemm_mma_usable(Device device, std::string* why_not);
+bool supports_gemm_mma(const MatmulArgs& args, std::string* why_not);
+bool prefers_gemm_mma(const MatmulArgs& args);
+void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream);
+
 void gemm_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_simt(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
 

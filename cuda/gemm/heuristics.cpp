@@ -1,5 +1,7 @@
 #include "gemm/heuristics.h"
 
+#include <algorithm>
+
 namespace qlora_native::cuda {
 namespace {
 
@@ -8,6 +10,15 @@ constexpr int kLargeTileRows = 64;
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
   return value / divisor + (value % divisor != 0);
+}
+
+constexpr int64_t kMaxPreferredRows = 16;
+
+/// Clusters that run at a time. Those of more than two blocks lie in one GPC, whose processors are
+/// not always a multiple of four: what is above a multiple of 16 is not counted on.
+int64_t concurrent_clusters(int64_t processors, int cluster) {
+  if (cluster <= 2) return std::max<int64_t>(processors / cluster, 1);
+  return std::max<int64_t>(processors / 16 * 16 / cluster, 1);
 }
 
 }  // namespace
@@ -20,5 +31,33 @@ GemmPlan plan_gemm(const GemmProblem& problem) {
   plan.grid = plan.row_tiles * ceil_div(problem.cols, kGemmTileCols);
   return plan;
 }
+
+GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem) {
+  constexpr int64_t kStep = 256;
+  constexpr int64_t kXElemBytes = 2;
+  constexpr int64_t kXPadding = 64;  // neighbouring rows of x start in different banks
+  GemmMmaPlan plan{};
+  const int64_t steps = ceil_div(problem.k, kStep);
+  for (plan.cluster = 1;; plan.cluster *= 2) {
+    plan.k_steps = static_cast<int>(ceil_div(steps, int64_t{plan.cluster}));
+    plan.x_pitch = static_cast<int>(plan.k_steps * kStep * kXElemBytes + kXPadding);
+    plan.shared_bytes = static_cast<int>(kGemmMmaXAt + problem.m * plan.x_pitch);
+    if (plan.shared_bytes <= kGemmMmaSharedBytes) break;
+  }
+  if (plan.k_steps > 1) {
+    plan.k_steps_inverse = static_cast<uint32_t>(ceil_div(int64_t{1} << 32, int64_t{plan.k_steps}));
+  }
+  const int64_t tiles = ceil_div(problem.n, int64_t{kGemmMmaTileRows});
+  const int64_t clusters = std::min(tiles, concurrent_clusters(problem.processors, plan.cluster));
+  plan.grid = static_cast<int>(clusters * plan.cluster);
+  plan.tiles_per_cluster = static_cast<int>(tiles / clusters);
+  plan.clusters_with_more = static_cast<int>(tiles % clusters);
+  // A tile has one slot per warp that works on it; neighbouring tiles share at most one warp.
+  const int gaps_per_tile = static_cast<int>(ceil_div(problem.m, int64_t{2}));
+  plan.pass_tiles = kGemmMmaSumGaps / gaps_per_tile - (kGemmMmaWarps - 1);
+  return plan;
+}
+
+bool gemm_mma_is_preferred(int64_t m) { return m <= kMaxPreferredRows; }
 
 }  // namespace qlora_native::cuda

@@ -39,6 +39,21 @@ GemvPlan plan_gemv(const GemvProblem& problem) {
   return plan;
 }
 
+GemvMmaPlan plan_gemv_mma(const GemvMmaProblem& problem) {
+  GemvMmaPlan plan{};
+  const int64_t shares = ceil_div(problem.k, int64_t{256} * kGemvMmaRuns);
+  plan.rounds = static_cast<int>(ceil_div(shares, int64_t{kGemvMmaWarps}));
+  plan.k_warps = static_cast<int>(ceil_div(shares, int64_t{plan.rounds}));
+  plan.row_groups = kGemvMmaWarps / plan.k_warps;
+  const int64_t quads = ceil_div(problem.n, int64_t{kGemvMmaQuad});
+  const int64_t quad_bytes = problem.m * plan.k_warps * kGemvMmaQuad * int64_t{sizeof(float)};
+  const int64_t blocks_for_memory = ceil_div(quads, kGemvMmaPartialBytes / quad_bytes);
+  plan.grid = std::max(std::min(quads, problem.processors), blocks_for_memory);
+  plan.quads_per_block = static_cast<int>(quads / plan.grid);
+  plan.blocks_with_more = static_cast<int>(quads % plan.grid);
+  return plan;
+}
+
 bool gemv_is_preferred(const GemvProblem& problem) { return problem.m <= kMaxPreferredRows; }
 
 }  // namespace qlora_native::cuda

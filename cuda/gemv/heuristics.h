@@ -44,4 +44,35 @@ GemvPlan plan_gemv(const GemvProblem& problem);
 /// Whether the GEMV beats the tiled kernel: it reads the weight once per 8 rows of x.
 bool gemv_is_preferred(const GemvProblem& problem);
 
+// ---- gemv_mma: tensor cores, one or two rows of x ----
+
+struct GemvMmaProblem {
+  int64_t m;
+  int64_t n;
+  int64_t k;           ///< a multiple of 64
+  int64_t processors;  ///< SMs of the device
+};
+
+/// How the rows of the weight are dealt to thread blocks, and a block's rows and K to its warps.
+struct GemvMmaPlan {
+  int64_t grid;
+  int quads_per_block;   ///< groups of 4 rows; consecutive ones
+  int blocks_with_more;  ///< the first blocks have one more
+  int k_warps;           ///< warps that share a quad: each takes a share of K
+  int row_groups;        ///< quads that are worked on at a time
+  int rounds;            ///< how often the k_warps go on to the next shares, until K is covered
+};
+
+inline constexpr int kGemvMmaMaxRows = 2;
+inline constexpr int kGemvMmaWarps = 16;
+inline constexpr int kGemvMmaQuad = 4;
+/// Shared memory for the sums of the k_warps.
+inline constexpr int64_t kGemvMmaPartialBytes = 60 * 1024;
+
+/// Runs of 256 elements of K in a warp's share. The lanes' results of four runs are in different
+/// lanes.
+inline constexpr int kGemvMmaRuns = 4;
+
+GemvMmaPlan plan_gemv_mma(const GemvMmaProblem& problem);
+
 }  // namespace qlora_native::cuda

@@ -2,6 +2,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include "host/compiled_architecture.h"
+#include "host/launch.h"
+
 namespace qlora_native::cuda {
 namespace {
 
@@ -13,7 +16,8 @@ struct DeviceProperties {
   int minor = 0;
   int multiprocessors = 0;
   int64_t memory_bytes = 0;
-  std::string why_not;  ///< empty when the kernels run on it
+  int64_t max_shared_bytes = 0;  ///< of a thread block that asks for it
+  std::string why_not;           ///< empty when the kernels run on it
 };
 
 struct Inventory {
@@ -39,6 +43,7 @@ DeviceProperties query_device(int index) {
   device.major = properties.major;
   device.minor = properties.minor;
   device.multiprocessors = properties.multiProcessorCount;
+  device.max_shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   device.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
   if (device.major < kMinComputeCapabilityMajor) {
     device.why_not = "needs compute capability 8.0 or more, " + device.name + " has " +
@@ -120,6 +125,30 @@ bool is_usable(Device device, std::string* why_not) {
   }
   *why_not = devices[static_cast<size_t>(device.index)].why_not;
   return why_not->empty();
+}
+
+int processor_count(Device device) {
+  return inventory().devices.at(static_cast<size_t>(device.index)).multiprocessors;
+}
+
+bool has_hopper_resources(Device device, int64_t shared_bytes, std::string* why_not) {
+  const DeviceProperties& properties = inventory().devices.at(static_cast<size_t>(device.index));
+  if (properties.major < 9) {
+    *why_not = "needs compute capability 9.0 or more, " + properties.name + " has " +
+               std::to_string(properties.major) + "." + std::to_string(properties.minor);
+    return false;
+  }
+  const DeviceGuard guard(device.index);
+  if (!is_compiled_for_hopper()) {
+    *why_not = "this build has no code for compute capability 9.0";
+    return false;
+  }
+  if (properties.max_shared_bytes < shared_bytes) {
+    *why_not = "needs " + std::to_string(shared_bytes) + " bytes of shared memory per block, " +
+               properties.name + " has " + std::to_string(properties.max_shared_bytes);
+    return false;
+  }
+  return true;
 }
 
 }  // namespace qlora_native::cuda

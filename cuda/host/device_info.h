@@ -1,6 +1,7 @@
 // The CUDA devices of this machine and whether the kernels run on them.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -18,5 +19,12 @@ std::string unavailable_reason();
 
 /// Whether `device` exists and has compute capability 8.0 or more; if not, says why in `*why_not`.
 bool is_usable(Device device, std::string* why_not);
+
+/// Multiprocessors of a usable device.
+int processor_count(Device device);
+
+/// Whether a usable device, and the library's code for it, is of compute capability 9.0 or more, and
+/// lets a thread block have `shared_bytes` of shared memory; if not, says why in `*why_not`.
+bool has_hopper_resources(Device device, int64_t shared_bytes, std::string* why_not);
 
 }  // namespace qlora_native::cuda

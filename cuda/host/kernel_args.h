@@ -45,6 +45,16 @@ void visit_dtype(DType dtype, const Visitor& visitor) {
   throw InvalidArgument("unknown dtype code " + std::to_string(static_cast<int32_t>(dtype)));
 }
 
+/// The same for the 16-bit types, of which `dtype` is one.
+template <class Visitor>
+void visit_16bit_dtype(DType dtype, const Visitor& visitor) {
+  if (dtype == DType::kFloat16) {
+    visitor(TypeTag<__half>{});
+  } else {
+    visitor(TypeTag<__nv_bfloat16>{});
+  }
+}
+
 /// Calls `visitor` with std::true_type or std::false_type.
 template <class Visitor>
 void visit_bool(bool value, const Visitor& visitor) {

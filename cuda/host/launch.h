@@ -3,12 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <type_traits>
 
+#include "host/compiled_architecture.h"
 #include "host/error.h"
 #include "qlora_native/error.h"
 
@@ -41,7 +43,37 @@ struct LaunchShape {
   int64_t grid;
   int block;
   size_t dynamic_shared_bytes = 0;
+  int cluster = 1;  ///< thread blocks that share their memory; more than 1 needs sm_90
+  /// The kernel may start while the previous one of the stream ends: it calls
+  /// wait_for_previous_kernel() itself. Ignored where that is empty.
+  bool overlaps_previous = false;
 };
+
+/// Calls something once for each device; again when it threw. A static of the caller.
+class OncePerDevice {
+ public:
+  /// Calls `function` unless it was called for the current device.
+  template <class Function>
+  void operator()(const Function& function) {
+    int device = 0;
+    QN_CUDA_TRY(cudaGetDevice(&device));
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if ((done_.load(std::memory_order_acquire) & bit) != 0) return;
+    function();
+    done_.fetch_or(bit, std::memory_order_release);
+  }
+
+ private:
+  std::atomic<uint64_t> done_ = 0;
+};
+
+/// Lets `kernel` have more than 48 KB of dynamic shared memory on the current device.
+template <class... Params>
+void allow_shared_memory(void (*kernel)(Params...), int64_t bytes) {
+  QN_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(bytes)));
+}
 
 /// Queues `kernel` on `stream` of the current device. The status checked is the launch call's own:
 /// it cannot be mistaken for an older error that another library left behind in the runtime.
@@ -60,6 +92,18 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shap
   config.blockDim = dim3(static_cast<unsigned>(shape.block));
   config.dynamicSmemBytes = shape.dynamic_shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
+  if (shape.overlaps_previous && is_compiled_for_hopper()) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
   const cudaError_t status =
       cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
   if (status != cudaSuccess) {

@@ -92,5 +92,85 @@ TEST(GemmPlan, FewRowsTakeASmallTile) {
   EXPECT_EQ(plan_gemm({512, 4096, 4096}).tile_rows, 64);
 }
 
+constexpr int64_t kSharedBytesOfHopper = 227 * 1024;
+
+TEST(GemvMmaPlan, GivesEveryRowAndAllOfKToWarps) {
+  for (const int64_t processors : {1, 132}) {
+    for (const int64_t m : {1, 2}) {
+      for (const int64_t n : {1, 3, 4, 5, 31, 4096, 14336, 128256}) {
+        for (const int64_t k : {64, 1024, 1088, 4096, 11008, 14336, 28672, 131072}) {
+          const GemvMmaPlan plan = plan_gemv_mma({m, n, k, processors});
+          const int64_t quads = plan.grid * plan.quads_per_block + plan.blocks_with_more;
+          EXPECT_EQ(quads, (n + kGemvMmaQuad - 1) / kGemvMmaQuad) << "N=" << n;
+          EXPECT_LT(plan.blocks_with_more, plan.grid);
+          EXPECT_GE(plan.rounds * plan.k_warps * kGemvMmaRuns * 256, k) << "K=" << k;
+          EXPECT_GE(plan.row_groups, 1);
+          EXPECT_LE(plan.row_groups * plan.k_warps, kGemvMmaWarps);
+        }
+      }
+    }
+  }
+}
+
+TEST(GemvMmaPlan, SumsFitInSharedMemory) {
+  for (const int64_t m : {1, 2}) {
+    for (const int64_t n : {4096, 128256, 1 << 20}) {
+      for (const int64_t k : {64, 4096, 16384, 131072}) {
+        const GemvMmaPlan plan = plan_gemv_mma({m, n, k, 132});
+        const int64_t most = plan.quads_per_block + (plan.blocks_with_more > 0 ? 1 : 0);
+        EXPECT_LE(most * kGemvMmaQuad * m * plan.k_warps * int64_t{sizeof(float)},
+                  kGemvMmaPartialBytes)
+            << "M=" << m << " N=" << n << " K=" << k;
+      }
+    }
+  }
+}
+
+TEST(GemvMmaPlan, UsesEveryProcessorOnceWhereThereIsWork) {
+  EXPECT_EQ(plan_gemv_mma({1, 4096, 4096, 132}).grid, 132);
+  EXPECT_EQ(plan_gemv_mma({1, 28672, 8192, 132}).grid, 132);
+  EXPECT_EQ(plan_gemv_mma({1, 8, 4096, 132}).grid, 2);
+}
+
+TEST(GemmMmaPlan, CoversEveryTileAndAllOfK) {
+  for (const int64_t processors : {1, 20, 132}) {
+    for (const int64_t m : {1, 2, 7, 8}) {
+      for (const int64_t n : {1, 16, 17, 4096, 14336, 128256}) {
+        for (const int64_t k : {int64_t{64}, int64_t{320}, int64_t{4096}, int64_t{11008},
+                                int64_t{14336}, kGemmMmaMaxDepth}) {
+          const GemmMmaPlan plan = plan_gemm_mma({m, n, k, processors});
+          const int clusters = plan.grid / plan.cluster;
+          EXPECT_EQ(plan.grid % plan.cluster, 0);
+          EXPECT_EQ(clusters * plan.tiles_per_cluster + plan.clusters_with_more, (n + 15) / 16);
+          EXPECT_LT(plan.clusters_with_more, clusters);
+          EXPECT_GE(int64_t{plan.cluster} * plan.k_steps * 256, k);
+          EXPECT_TRUE(plan.cluster == 1 || plan.cluster == 2 || plan.cluster == 4 ||
+                      plan.cluster == 8)
+              << plan.cluster;
+          EXPECT_GE(plan.pass_tiles, 1);
+          EXPECT_LE(plan.shared_bytes, kSharedBytesOfHopper);
+          EXPECT_GE(plan.shared_bytes, kGemmMmaXAt + m * plan.k_steps * 512) << "x fits";
+          EXPECT_EQ(plan.x_pitch % 128, 64) << "neighbouring rows of x share no bank";
+        }
+      }
+    }
+  }
+}
+
+TEST(GemmMmaPlan, DividesStepsByMultiplying) {
+  for (const int64_t k : {64, 256, 512, 4096, 11008, 14336, 32768}) {
+    const GemmMmaPlan plan = plan_gemm_mma({8, 128256, k, 132});
+    for (int step = 0; step <= plan.pass_tiles * plan.k_steps; ++step) {
+      ASSERT_EQ(gemm_mma_tile_of(plan, step), step / plan.k_steps) << "K=" << k;
+    }
+  }
+}
+
+TEST(GemmMmaPlan, ServesFewRowsOfX) {
+  EXPECT_TRUE(gemm_mma_is_preferred(3));
+  EXPECT_TRUE(gemm_mma_is_preferred(16));
+  EXPECT_FALSE(gemm_mma_is_preferred(17));
+}
+
 }  // namespace
 }  // namespace qlora_native::cuda

@@ -1,0 +1,54 @@
+// Shared memory by its 32-bit addresses: address arithmetic in one instruction, and no doubt about
+// the kind of memory.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora_native::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+/// Copies `bytes` (0 or 16) bytes asynchronously; 0 writes zeros. Both addresses are 16-byte aligned.
+/// Goes past L1: for what is not read again.
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
+               : "memory");
+}
+
+/// Closes a group of the thread's copies.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/// Waits until at most the latest `kPending` groups of the thread's copies are under way. Other
+/// threads need a barrier after it.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+/// Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, and
+/// gets columns 2t, 2t + 1 (t = l % 4) of row l / 4 of each. (PTX ISA, ldmatrix.)
+__device__ __forceinline__ void load_matrix_x4(uint32_t address, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Volatile keeps the accesses on their side of a barrier.
+
+__device__ __forceinline__ uint2 load_shared2(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
+  return value;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+}  // namespace qlora_native::cuda

@@ -1,0 +1,49 @@
+#include "host/mma_args.h"
+
+#include <limits>
+
+#include "host/launch.h"
+
+namespace qlora_native::cuda {
+namespace {
+
+constexpr int64_t kUnit = 64;
+constexpr size_t kAlignment = 16;
+
+}  // namespace
+
+bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not) {
+  const QuantizedView& weight = args.weight;
+  if (args.x.dtype == DType::kFloat32) {
+    *why_not = "x is float32, tensor cores take 16 bits";
+  } else if (args.x.rows > max_rows) {
+    *why_not = "x has " + std::to_string(args.x.rows) + " rows, it takes at most " +
+               std::to_string(max_rows);
+  } else if (weight.cols % kUnit != 0) {
+    *why_not = "K = " + std::to_string(weight.cols) + " is not a multiple of 64";
+  } else if (weight.block_size < kUnit) {
+    *why_not = "the block size " + std::to_string(weight.block_size) + " is below 64";
+  } else if (weight.rows > std::numeric_limits<int32_t>::max() / 2 ||
+             weight.rows * (weight.cols / kUnit) > std::numeric_limits<int32_t>::max()) {
+    *why_not = "W has more than 2^31 units of 64 elements";
+  } else if (!is_aligned(weight.packed, kAlignment)) {
+    *why_not = "the packed weight is not aligned to 16 bytes";
+  } else if (!is_aligned(args.x.data, kAlignment) ||
+             args.x.row_stride * size_bytes(args.x.dtype) % int64_t{kAlignment} != 0) {
+    *why_not = "the rows of x are not aligned to 16 bytes";
+  } else {
+    return true;
+  }
+  return false;
+}
+
+TableValues table_values(const Codebook& codebook, DType dtype) {
+  const bool is_scaled = codebook.type == QuantType::kNF4 && dtype == DType::kBFloat16;
+  const float scale = is_scaled ? 1.43675f : 1.0f;
+  TableValues table{};
+  for (int i = 0; i < 16; ++i) table.values[i] = codebook.values[i] * scale;
+  table.scale_inverse = 1.0f / scale;
+  return table;
+}
+
+}  // namespace qlora_native::cuda
