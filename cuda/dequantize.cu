@@ -25,6 +25,7 @@
 #include "device/grid_dependency.cuh"
 #include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
+#include "host/compiled_architecture.h"
 #include "host/kernel_args.h"
 #include "host/launch.h"
 #include "host/stream.h"
@@ -154,7 +155,7 @@ void dequantize_simt(const DequantizeArgs& args, Workspace, Stream stream) {
                dequantize_kernel<T, decltype(double_quant)::value, decltype(is_vector)::value>,
                {.grid = ceil_div(weight.numel(), int64_t{kWarps} * kChunk),
                 .block = kThreads,
-                .overlaps_previous = true},
+                .overlaps_previous = is_compiled_for_hopper(weight.device.index)},
                to_cuda(stream), params);
       });
     });

@@ -188,7 +188,7 @@ Work Problem::matmul(int64_t m) {
   make_workspaces(sizes);
   Work work = product(m);
   work.kernel = qn::selected_kernel(all.front());
-  work.prefers_dense = qn::matmul_4bit_prefers_dense(all.front());
+  work.prefers_dense = qn::matmul_4bit_plan(all.front()).prefers_dense;
   for (size_t i = 0; i < all.size(); ++i) {
     work.calls.push_back([this, args = all[i], space = workspace(i)] {
       qn::matmul_4bit(args, space, machine_.stream());
@@ -213,7 +213,7 @@ Work Problem::matmul_transposed(int64_t m) {
   make_workspaces(sizes);
   Work work = product(m);
   work.kernel = qn::selected_kernel(all.front());
-  work.prefers_dense = qn::matmul_4bit_transposed_prefers_dense(all.front());
+  work.prefers_dense = qn::matmul_4bit_transposed_plan(all.front()).prefers_dense;
   for (size_t i = 0; i < all.size(); ++i) {
     work.calls.push_back([this, args = all[i], space = workspace(i)] {
       qn::matmul_4bit_transposed(args, space, machine_.stream());

@@ -103,13 +103,14 @@ class EagerOps {
     }
     args.weight = weight.view;
     args.dx = output_matrix(args.dy, weight.view.cols);
-    if (qn::matmul_4bit_transposed_prefers_dense(args)) {
+    const qn::MatmulPlan plan = qn::matmul_4bit_transposed_plan(args);
+    if (plan.prefers_dense) {
       const nb::object dense = decode(weight, args.dy.dtype);
       return dense.is_none() ? dense : torch_.matmul(dy, dense);
     }
     output.dtype = args.dy.dtype;
     output.device = weight.view.device;
-    output.workspace_bytes = qn::matmul_4bit_transposed_workspace_bytes(args);
+    output.workspace_bytes = plan.workspace_bytes;
     return run(output, [&](void* data, qn::Workspace workspace, qn::Stream stream) {
       args.dx.data = data;
       qn::matmul_4bit_transposed(args, workspace, stream);
@@ -149,13 +150,14 @@ class EagerOps {
     }
     args.weight = weight.view;
     args.y = output_matrix(args.x, weight.view.rows);
-    if (qn::matmul_4bit_prefers_dense(args)) {
+    const qn::MatmulPlan plan = qn::matmul_4bit_plan(args);
+    if (plan.prefers_dense) {
       const nb::object dense = decode(weight, args.x.dtype);
       return dense.is_none() ? dense : torch_.linear(x, dense, bias);
     }
     output.dtype = args.x.dtype;
     output.device = weight.view.device;
-    output.workspace_bytes = qn::matmul_4bit_workspace_bytes(args);
+    output.workspace_bytes = plan.workspace_bytes;
     return run(output, [&](void* data, qn::Workspace workspace, qn::Stream stream) {
       args.y.data = data;
       qn::matmul_4bit(args, workspace, stream);

@@ -62,12 +62,12 @@ std::pair<std::string, bool> selected_kernel(const std::string& op_name, int64_t
                                 weight,
                                 {},
                                 {nowhere, m, rows, rows, dtype, device}};
-      return {qn::selected_kernel(args), qn::matmul_4bit_prefers_dense(args)};
+      return {qn::selected_kernel(args), qn::matmul_4bit_plan(args).prefers_dense};
     }
     case qn::Op::kMatmul4bitTransposed: {
       const qn::MatmulTransposedArgs args{
           {nowhere, m, rows, rows, dtype, device}, weight, {nowhere, m, cols, cols, dtype, device}};
-      return {qn::selected_kernel(args), qn::matmul_4bit_transposed_prefers_dense(args)};
+      return {qn::selected_kernel(args), qn::matmul_4bit_transposed_plan(args).prefers_dense};
     }
   }
   throw qn::InvalidArgument("no operation named '" + op_name + "'");

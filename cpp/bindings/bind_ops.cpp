@@ -117,6 +117,10 @@ qn::MatmulTransposedArgs matmul_transposed_args(const qn::MutableQuantizedView& 
 /// the dequantized weight is faster, else the workspace bytes of our kernel.
 constexpr int64_t kPreferDense = -1;
 
+int64_t plan_code(const qn::MatmulPlan& plan) {
+  return plan.prefers_dense ? kPreferDense : plan.workspace_bytes;
+}
+
 void bind_codebooks(nb::module_& m) {
   nb::class_<qn::Codebook>(m, "Codebook", "One 4-bit code: its values and decision points.")
       .def_prop_ro("quant_type",
@@ -176,8 +180,7 @@ void bind_ops(nb::module_& m) {
       [](const Weight& weight, uintptr_t x, int64_t m, int64_t row_stride, int dtype,
          uintptr_t bias, uintptr_t y) {
         const qn::MatmulArgs args = matmul_args(weight, x, m, row_stride, dtype, bias, y);
-        return qn::matmul_4bit_prefers_dense(args) ? kPreferDense
-                                                   : qn::matmul_4bit_workspace_bytes(args);
+        return plan_code(qn::matmul_4bit_plan(args));
       },
       "weight"_a, nb::kw_only(), "x"_a, "m"_a, "row_stride"_a, "dtype"_a, "bias"_a, "y"_a);
   m.def(
@@ -196,9 +199,7 @@ void bind_ops(nb::module_& m) {
       [](const Weight& weight, uintptr_t dy, int64_t m, int64_t row_stride, int dtype,
          uintptr_t dx) {
         const auto args = matmul_transposed_args(weight, dy, m, row_stride, dtype, dx);
-        return qn::matmul_4bit_transposed_prefers_dense(args)
-                   ? kPreferDense
-                   : qn::matmul_4bit_transposed_workspace_bytes(args);
+        return plan_code(qn::matmul_4bit_transposed_plan(args));
       },
       "weight"_a, nb::kw_only(), "dy"_a, "m"_a, "row_stride"_a, "dtype"_a, "dx"_a);
   m.def(

@@ -27,7 +27,7 @@ struct KernelEntry {
   int64_t (*workspace_bytes)(const Args& args) = nullptr;
   void (*run)(const Args& args, Workspace workspace, Stream stream) = nullptr;
   /// A plain matmul: a tuned dense library over the dequantized weight beats it (matmul.h,
-  /// *_prefers_dense).
+  /// MatmulPlan).
   bool dense_is_faster = false;
 };
 

@@ -9,18 +9,20 @@ namespace {
 bool is_empty(const MutableMatrixView& out) { return out.rows == 0 || out.cols == 0; }
 
 template <class Args>
-bool prefers_dense(const Args& args, const MutableMatrixView& out) {
+MatmulPlan make_plan(const Args& args, const MutableMatrixView& out) {
   validate(args);
+  if (is_empty(out)) return {.prefers_dense = false, .workspace_bytes = 0};
   using Traits = OpTraits<Args>;
-  if (is_empty(out) || forced_kernel_name(Traits::kOp, Traits::device(args).type)) return false;
-  return select_kernel(args).dense_is_faster;
+  const KernelEntry<Args>& entry = select_kernel(args);
+  const bool is_forced = forced_kernel_name(Traits::kOp, Traits::device(args).type) != nullptr;
+  return {.prefers_dense = entry.dense_is_faster && !is_forced,
+          .workspace_bytes = entry.workspace_bytes ? entry.workspace_bytes(args) : 0};
 }
 
 }  // namespace
 
 int64_t matmul_4bit_workspace_bytes(const MatmulArgs& args) {
-  validate(args);
-  return is_empty(args.y) ? 0 : kernel_workspace_bytes(args);
+  return matmul_4bit_plan(args).workspace_bytes;
 }
 
 void matmul_4bit(const MatmulArgs& args, Workspace workspace, Stream stream) {
@@ -29,11 +31,10 @@ void matmul_4bit(const MatmulArgs& args, Workspace workspace, Stream stream) {
   run_kernel(args, workspace, stream);
 }
 
-bool matmul_4bit_prefers_dense(const MatmulArgs& args) { return prefers_dense(args, args.y); }
+MatmulPlan matmul_4bit_plan(const MatmulArgs& args) { return make_plan(args, args.y); }
 
 int64_t matmul_4bit_transposed_workspace_bytes(const MatmulTransposedArgs& args) {
-  validate(args);
-  return is_empty(args.dx) ? 0 : kernel_workspace_bytes(args);
+  return matmul_4bit_transposed_plan(args).workspace_bytes;
 }
 
 void matmul_4bit_transposed(const MatmulTransposedArgs& args, Workspace workspace, Stream stream) {
@@ -42,8 +43,8 @@ void matmul_4bit_transposed(const MatmulTransposedArgs& args, Workspace workspac
   run_kernel(args, workspace, stream);
 }
 
-bool matmul_4bit_transposed_prefers_dense(const MatmulTransposedArgs& args) {
-  return prefers_dense(args, args.dx);
+MatmulPlan matmul_4bit_transposed_plan(const MatmulTransposedArgs& args) {
+  return make_plan(args, args.dx);
 }
 
 }  // namespace qlora_native

@@ -12,7 +12,6 @@
 //   Cluster: where x does not fit into shared memory, 2, 4 or 8 thread blocks share their tiles,
 //   each with a part of K and of x, and add their sums through each other's shared memory.
 //   Pass: as many tiles as there is space for sums.
-//
 // Codes come by cp.async, two steps ahead, 128 bytes of each row; 16-byte piece c of row r lies at
 // piece c ^ (r % 8): no bank conflicts for ldmatrix. Scales are loaded two steps ahead, before the
 // codes, and go through shared memory so that a lane decodes two of 64.
@@ -40,6 +39,7 @@
 #include "host/launch.h"
 #include "host/mma_args.h"
 #include "host/stream.h"
+#include "host/table_values.h"
 #include "operations.h"
 
 namespace qlora_native::cuda {
@@ -340,10 +340,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, bool kDoubleQuant>
-void launch_gemm(const GemmMmaParams<T>& params, cudaStream_t stream) {
+void launch_gemm(int device, const GemmMmaParams<T>& params, cudaStream_t stream) {
   const auto kernel = gemm_mma_kernel<T, kDoubleQuant>;
   static OncePerDevice once;
-  once([&] { allow_shared_memory(kernel, kGemmMmaSharedBytes); });
+  once(device, [&] { allow_shared_memory(kernel, kGemmMmaSharedBytes); });
   launch("matmul_4bit gemm_mma", kernel,
          {.grid = params.plan.grid,
           .block = kThreads,
@@ -391,7 +391,7 @@ void gemm_mma(const MatmulArgs& args, Workspace, Stream stream) {
           .units = static_cast<int>(weight.cols / kUnit),
           .plan = plan_gemm_mma({m, weight.rows, weight.cols, processors})};
       visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {
-        launch_gemm<T, decltype(double_quant)::value>(params, to_cuda(stream));
+        launch_gemm<T, decltype(double_quant)::value>(weight.device.index, params, to_cuda(stream));
       });
     }
   });

@@ -25,8 +25,8 @@
 // a row, the block sums the k_warps at the end. All in fixed order: the same arguments give the same
 // bits, and a second row of X does not change those of the first.
 //
-// The table holds the values times a scale with which they lose little in 16 bits (mma_args.h); the
-// sums are divided by it.
+// The table holds the values times a scale with which they lose little in 16 bits (table_values.h);
+// the sums are divided by it.
 //
 // Bytes moved: N * K * (1/2 + scales) + (M * K + M * N) * sizeof(T), x from L2 by every SM. Bound:
 // memory; per 1024 weights the shared memory pipe has 16 wavefronts of lookups and about 8 others
@@ -51,6 +51,7 @@
 #include "host/launch.h"
 #include "host/mma_args.h"
 #include "host/stream.h"
+#include "host/table_values.h"
 #include "operations.h"
 
 namespace qlora_native::cuda {
@@ -318,10 +319,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, int kM, bool kDoubleQuant>
-void launch_gemv(int64_t grid, const GemvMmaParams<T>& params, cudaStream_t stream) {
+void launch_gemv(int device, int64_t grid, const GemvMmaParams<T>& params, cudaStream_t stream) {
   const auto kernel = gemv_mma_kernel<T, kM, kDoubleQuant>;
   static OncePerDevice once;
-  once([&] { allow_shared_memory(kernel, kSharedBytes); });
+  once(device, [&] { allow_shared_memory(kernel, kSharedBytes); });
   launch("matmul_4bit gemv_mma", kernel,
          {.grid = grid,
           .block = kThreads,
@@ -366,7 +367,7 @@ void gemv_mma(const MatmulArgs& args, Workspace, Stream stream) {
     visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {
       visit_bool(args.x.rows == 1, [&](auto is_single) {
         launch_gemv<T, decltype(is_single)::value ? 1 : 2, decltype(double_quant)::value>(
-            plan.grid, params, to_cuda(stream));
+            weight.device.index, plan.grid, params, to_cuda(stream));
       });
     });
   });

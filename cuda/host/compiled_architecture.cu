@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "host/launch.h"
+
 namespace qlora_native::cuda {
 namespace {
 
@@ -15,7 +17,8 @@ constexpr int kMaxDevices = 64;
 /// Compiled as all kernels are, and asked in their place.
 __global__ void representative_kernel() {}
 
-bool ask_driver() {
+bool ask_driver(int device) {
+  const DeviceGuard guard(device);
   cudaFuncAttributes attributes{};
   const cudaError_t status = cudaFuncGetAttributes(&attributes, representative_kernel);
   if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
@@ -24,18 +27,13 @@ bool ask_driver() {
 
 }  // namespace
 
-bool is_compiled_for_hopper() {
+bool is_compiled_for_hopper(int device) {
   enum Answer : uint8_t { kNotAsked, kNo, kYes };
   static std::array<std::atomic<uint8_t>, kMaxDevices> answers{};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());
-    return false;
-  }
-  if (device >= kMaxDevices) return ask_driver();
+  if (device >= kMaxDevices) return ask_driver(device);
   std::atomic<uint8_t>& answer = answers[static_cast<size_t>(device)];
   if (answer.load(std::memory_order_relaxed) == kNotAsked) {
-    answer.store(ask_driver() ? kYes : kNo, std::memory_order_relaxed);
+    answer.store(ask_driver(device) ? kYes : kNo, std::memory_order_relaxed);
   }
   return answer.load(std::memory_order_relaxed) == kYes;
 }

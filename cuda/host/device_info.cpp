@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 
 #include "host/compiled_architecture.h"
-#include "host/launch.h"
 
 namespace qlora_native::cuda {
 namespace {
@@ -138,8 +137,7 @@ bool has_hopper_resources(Device device, int64_t shared_bytes, std::string* why_
                std::to_string(properties.major) + "." + std::to_string(properties.minor);
     return false;
   }
-  const DeviceGuard guard(device.index);
-  if (!is_compiled_for_hopper()) {
+  if (!is_compiled_for_hopper(device.index)) {
     *why_not = "this build has no code for compute capability 9.0";
     return false;
   }

@@ -10,7 +10,6 @@
 #include <string>
 #include <type_traits>
 
-#include "host/compiled_architecture.h"
 #include "host/error.h"
 #include "qlora_native/error.h"
 
@@ -45,18 +44,17 @@ struct LaunchShape {
   size_t dynamic_shared_bytes = 0;
   int cluster = 1;  ///< thread blocks that share their memory; more than 1 needs sm_90
   /// The kernel may start while the previous one of the stream ends: it calls
-  /// wait_for_previous_kernel() itself. Ignored where that is empty.
+  /// wait_for_previous_kernel() itself. Only where is_compiled_for_hopper(): elsewhere that is
+  /// empty.
   bool overlaps_previous = false;
 };
 
 /// Calls something once for each device; again when it threw. A static of the caller.
 class OncePerDevice {
  public:
-  /// Calls `function` unless it was called for the current device.
+  /// Calls `function` unless it was called for `device`.
   template <class Function>
-  void operator()(const Function& function) {
-    int device = 0;
-    QN_CUDA_TRY(cudaGetDevice(&device));
+  void operator()(int device, const Function& function) {
     const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
     if ((done_.load(std::memory_order_acquire) & bit) != 0) return;
     function();
@@ -99,7 +97,7 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchShape& shap
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   }
-  if (shape.overlaps_previous && is_compiled_for_hopper()) {
+  if (shape.overlaps_previous) {
     cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "host/launch.h"
+#include "host/table_values.h"
 
 namespace qlora_native::cuda {
 namespace {
@@ -16,6 +17,8 @@ bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not
   const QuantizedView& weight = args.weight;
   if (args.x.dtype == DType::kFloat32) {
     *why_not = "x is float32, tensor cores take 16 bits";
+  } else if (!has_table_values(weight.codebook)) {
+    *why_not = "the values of a custom codebook may lose accuracy in 16 bits";
   } else if (args.x.rows > max_rows) {
     *why_not = "x has " + std::to_string(args.x.rows) + " rows, it takes at most " +
                std::to_string(max_rows);
@@ -35,15 +38,6 @@ bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not
     return true;
   }
   return false;
-}
-
-TableValues table_values(const Codebook& codebook, DType dtype) {
-  const bool is_scaled = codebook.type == QuantType::kNF4 && dtype == DType::kBFloat16;
-  const float scale = is_scaled ? 1.43675f : 1.0f;
-  TableValues table{};
-  for (int i = 0; i < 16; ++i) table.values[i] = codebook.values[i] * scale;
-  table.scale_inverse = 1.0f / scale;
-  return table;
 }
 
 }  // namespace qlora_native::cuda

@@ -2,12 +2,16 @@
 // build.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <set>
 #include <utility>
 
 #include "gemm/heuristics.h"
 #include "gemv/heuristics.h"
+#include "host/table_values.h"
+#include "support/number_formats.h"
+#include "support/problem.h"
 
 namespace qlora_native::cuda {
 namespace {
@@ -170,6 +174,36 @@ TEST(GemmMmaPlan, ServesFewRowsOfX) {
   EXPECT_TRUE(gemm_mma_is_preferred(3));
   EXPECT_TRUE(gemm_mma_is_preferred(16));
   EXPECT_FALSE(gemm_mma_is_preferred(17));
+}
+
+/// What a table in `dtype` loses of the codebook's values, relative, root of the mean square.
+double table_error(const Codebook& book, DType dtype) {
+  const TableValues table = table_values(book, dtype);
+  double error = 0;
+  double magnitude = 0;
+  for (int i = 0; i < 16; ++i) {
+    const double exact = book.values[i];
+    const double kept = testing::round_to(dtype, table.values[i]) * double{table.scale_inverse};
+    error += (kept - exact) * (kept - exact);
+    magnitude += exact * exact;
+  }
+  return std::sqrt(error / magnitude);
+}
+
+TEST(TableValues, LoseLessThanDecodedWeightsDo) {
+  // Rounding any value to 16 bits loses about unit_roundoff / sqrt(3) * 0.74 on average.
+  EXPECT_LT(table_error(kNF4, DType::kBFloat16), 0.0007);
+  EXPECT_LT(table_error(kNF4, DType::kFloat16), 0.00008);
+  for (const Codebook& book : {kFP4, kINT4}) {
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      EXPECT_LT(table_error(book, dtype), 1e-7) << name(book.type) << " in " << name(dtype);
+    }
+  }
+}
+
+TEST(TableValues, AreKnownForNamedCodebooks) {
+  EXPECT_TRUE(has_table_values(kNF4));
+  EXPECT_FALSE(has_table_values(testing::uneven_codebook()));
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Products with a 4-bit matrix W[N, K] (weight.rows = N, weight.cols = K).
 #pragma once
 
+#include <cstdint>
+
 #include "qlora_native/export.h"
 #include "qlora_native/quantized.h"
 #include "qlora_native/stream.h"
@@ -24,10 +26,17 @@ QN_API int64_t matmul_4bit_workspace_bytes(const MatmulArgs& args);
 /// Throws InvalidArgument (before y is touched), Unsupported, CudaError.
 QN_API void matmul_4bit(const MatmulArgs& args, Workspace workspace, Stream stream);
 
-/// Whether, by measurement, dequantizing the weight and calling a tuned dense GEMM (cuBLAS, oneDNN)
-/// beats the kernel that `matmul_4bit` would run. For callers that have such a library at hand;
-/// false while a kernel is forced.
-QN_API bool matmul_4bit_prefers_dense(const MatmulArgs& args);
+/// What a caller can ask before a product.
+struct MatmulPlan {
+  /// Whether, by measurement, dequantizing the weight and calling a tuned dense GEMM (cuBLAS,
+  /// oneDNN) beats the kernel that would run. For callers that have such a library at hand; false
+  /// while a kernel is forced.
+  bool prefers_dense;
+  int64_t workspace_bytes;  ///< as `matmul_4bit_workspace_bytes`
+};
+
+/// Both answers for the price of one. Throws as `matmul_4bit` does.
+QN_API MatmulPlan matmul_4bit_plan(const MatmulArgs& args);
 
 struct MatmulTransposedArgs {
   MatrixView dy;         ///< [M, N]
@@ -43,7 +52,7 @@ QN_API int64_t matmul_4bit_transposed_workspace_bytes(const MatmulTransposedArgs
 QN_API void matmul_4bit_transposed(const MatmulTransposedArgs& args, Workspace workspace,
                                    Stream stream);
 
-/// As `matmul_4bit_prefers_dense`.
-QN_API bool matmul_4bit_transposed_prefers_dense(const MatmulTransposedArgs& args);
+/// As `matmul_4bit_plan`.
+QN_API MatmulPlan matmul_4bit_transposed_plan(const MatmulTransposedArgs& args);
 
 }  // namespace qlora_native
