@@ -49,6 +49,13 @@ void check_matrix(const char* op, const char* what, const MatrixView& view, Devi
     fail(op, ": ", what, " has row stride ", view.row_stride, ", less than its ", view.cols,
          " columns");
   }
+  // In bytes of the widest type, fp64: a workspace of that shape can be counted too.
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(view.rows, view.row_stride, &bytes) ||
+      __builtin_mul_overflow(bytes, int64_t{8}, &bytes)) {
+    fail(op, ": ", what, "'s ", view.rows, " rows at stride ", view.row_stride,
+         " overflow 64 bits");
+  }
   check_device(op, what, view.device, device);
   check_pointer(op, what, view.data, view.rows * view.cols);
 }

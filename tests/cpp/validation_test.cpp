@@ -165,6 +165,9 @@ TEST_F(Validation, Matmul) {
     rejects([](auto& a) { a.x.data = nullptr; }, {"x is null"});
     rejects([](auto& a) { a.x.device = Device::cuda(4); }, {"x is on cuda:4"});
     rejects([](auto& a) { a.x.rows = a.y.rows = -3; }, {"-3"});
+    rejects([](auto& a) { a.x.rows = a.y.rows = int64_t{1} << 62; },
+            {"x's 4611686018427387904 rows"});
+    rejects([](auto& a) { a.y.row_stride = int64_t{1} << 62; }, {"y's 3 rows", "overflow"});
   }
 }
 
@@ -187,6 +190,7 @@ TEST_F(Validation, MatmulTransposed) {
     rejects([](auto& a) { a.dx.cols = 63; }, {"3 x 63", "3 x 64"});
     rejects([](auto& a) { a.dx.dtype = DType::kBFloat16; }, {"float32", "bfloat16"});
     rejects([](auto& a) { a.dx.row_stride = 1; }, {"row stride 1"});
+    rejects([](auto& a) { a.dy.row_stride = int64_t{1} << 61; }, {"dy's 3 rows", "overflow"});
     rejects([](auto& a) { a.dx.data = nullptr; }, {"dx is null"});
   }
 }
