@@ -59,7 +59,7 @@ __device__ __forceinline__ void load_codes(const DequantizeParams<T>& p, int64_t
                                            uint32_t (&words)[4]) {
   const uint8_t* const source = p.packed + elem / 2;
   if (kAligned && elem + kLaneElems <= p.numel) {
-    const uint4 vector = load_streaming(reinterpret_cast<const uint4*>(source));
+    const uint4 vector = load_streaming_after_wait(reinterpret_cast<const uint4*>(source));
     words[0] = vector.x;
     words[1] = vector.y;
     words[2] = vector.z;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   if constexpr (kDoubleQuant) map[threadIdx.x] = kDynamicMapOnDevice.values[threadIdx.x];
   wait_for_previous_kernel();
 
-  const ScaleReader<kDoubleQuant> scales(p.scales);
+  const ScaleReader<kDoubleQuant, LoadsAfterWait> scales(p.scales);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kChunk;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "device/grid_dependency.cuh"
 #include "qlora_native/codebook.h"
 
 namespace qlora_native::cuda {
@@ -73,21 +74,40 @@ struct RawScale {
   uint32_t code;  ///< double-quantized only
 };
 
+/// Loads through the read-only path, in kernels that do not overlap the one before.
+struct ReadOnlyLoads {
+  template <class V>
+  __device__ static __forceinline__ V load(const V* source) {
+    return __ldg(source);
+  }
+};
+
+/// Loads in kernels that do.
+struct LoadsAfterWait {
+  template <class V>
+  __device__ static __forceinline__ auto load(const V* source) {
+    return load_after_wait(source);
+  }
+};
+
 /// Reads the scale of a block. `kDoubleQuant` says which form `scales` has.
-template <bool kDoubleQuant>
+template <bool kDoubleQuant, class Loads = ReadOnlyLoads>
 class ScaleReader {
  public:
   __device__ __forceinline__ explicit ScaleReader(const BlockScales& scales) : scales_(scales) {
     // An array without elements may come without an offset.
-    if constexpr (kDoubleQuant) offset_ = scales.offset == nullptr ? 0.0f : __ldg(scales.offset);
+    if constexpr (kDoubleQuant) {
+      offset_ = scales.offset == nullptr ? 0.0f : Loads::load(scales.offset);
+    }
   }
 
   __device__ __forceinline__ RawScale load(uint64_t elem) const {
     const uint64_t block = elem >> scales_.block_shift;
     if constexpr (kDoubleQuant) {
-      return {__ldg(scales_.absmax2 + block / kGroupSize), __ldg(scales_.codes + block)};
+      return {Loads::load(scales_.absmax2 + block / kGroupSize),
+              Loads::load(scales_.codes + block)};
     } else {
-      return {__ldg(scales_.values + block), 0};
+      return {Loads::load(scales_.values + block), 0};
     }
   }
 

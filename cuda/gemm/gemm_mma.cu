@@ -17,9 +17,8 @@
 // codes, and go through shared memory so that a lane decodes two of 64.
 //
 // All sums are made in fixed order: the same arguments give the same bits.
-//
-// Bytes moved: N * K * (1/2 + scales) per eight rows of X. Bound: the shared memory pipe, 35 wavefronts
-// per 1024 weights, of which 16 are lookups of values.
+// Bytes moved: N * K * (1/2 + scales) per eight rows of X. Bound: shared memory, 35 wavefronts per 1024
+// weights, 16 of them lookups.
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -135,7 +134,7 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
   float map_value = 0.0f;
   if constexpr (kDoubleQuant) {
     if (thread < 256) map_value = kDynamicMapOnDevice.values[thread];
-    offset = __ldg(p.scales.offset);
+    offset = load_after_wait(p.scales.offset);
   }
   // x, and zeros past its end.
   const int x_pieces = k_steps * kStepUnits * (kUnit / 8);
@@ -184,9 +183,10 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
       const int unit = min(unit_begin + scales.k * kStepUnits + lane % 2 * 2 + i, unit_end - 1);
       const uint32_t block = (static_cast<uint32_t>(row) * p.units + unit) >> unit_shift;
       if constexpr (kDoubleQuant) {
-        into[i] = {__ldg(p.scales.absmax2 + block / kGroupSize), __ldg(p.scales.codes + block)};
+        into[i] = {load_after_wait(p.scales.absmax2 + block / kGroupSize),
+                   load_after_wait(p.scales.codes + block)};
       } else {
-        into[i] = {__ldg(p.scales.values + block), 0};
+        into[i] = {load_after_wait(p.scales.values + block), 0};
       }
     }
     scales.advance(k_steps);
@@ -231,6 +231,7 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
         } else {
           mine[i] = raw[0][i].value;
         }
+        mine[i] *= p.table.scale_inverse;
         raw[0][i] = raw[1][i];
       }
       reinterpret_cast<float2*>(gap(scale_gap + lane / 16))[lane % 16] =
@@ -318,7 +319,6 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
           }
         }
       }
-      sum *= p.table.scale_inverse;
       const int token = pair * 2 + lane / kTileRows;
       const int row = (done_begin + tile) * kTileRows + lane % kTileRows;
       if (row < p.n && token < p.m) {

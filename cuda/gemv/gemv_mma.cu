@@ -19,14 +19,14 @@
 // Codes come through a ring of bulk copies per warp, two steps ahead. What is small (scales, x, the
 // bias) is asked for before: memory answers in order, and behind 64 KB of codes it would wait for
 // half of the kernel's time. Values are looked up by pairs (PairTable). An unscaled dot product of
-// a unit cannot overflow for |x| < 1e36.
+// a unit cannot overflow for |x| < 4e35.
 //
 // Sums: a step's lanes write lines to shared memory, every few steps the warp sums the 16 lanes of
 // a row, the block sums the k_warps at the end. All in fixed order: the same arguments give the same
 // bits, and a second row of X does not change those of the first.
 //
 // The table holds the values times a scale with which they lose little in 16 bits (table_values.h);
-// the sums are divided by it.
+// the blocks' scales are divided by it.
 //
 // Bytes moved: N * K * (1/2 + scales) + (M * K + M * N) * sizeof(T), x from L2 by every SM. Bound:
 // memory; per 1024 weights the shared memory pipe has 16 wavefronts of lookups and about 8 others
@@ -114,6 +114,7 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
   const int row_group = warp * p.k_warps_inverse >> 16;
   const int k_warp = warp - row_group * p.k_warps;
   const uint32_t table_at = kWindow - shared_base % kWindow;
+  if (table_at < kPartialsAt + kGemvMmaPartialBytes) __trap();  // the system's part has grown
   const PairTable table(shared_base + table_at, lane);
   CodeRing ring(shared_base + table_at + PairTable::kBytes + warp * CodeRing::kBytes,
                 shared_base + kBarriersAt + warp * CodeRing::kBarrierBytes, lane);
@@ -139,9 +140,10 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
       const auto row = static_cast<uint32_t>(min(scale_quad * kQuad + half * 2 + r, p.n - 1));
       const uint32_t index = (row * p.units + scale_unit) >> unit_shift;
       if constexpr (kDoubleQuant) {
-        into[half] = {__ldg(p.scales.absmax2 + (index >> 8)), __ldg(p.scales.codes + index)};
+        into[half] = {load_after_wait(p.scales.absmax2 + (index >> 8)),
+                      load_after_wait(p.scales.codes + index)};
       } else {
-        into[half] = {__ldg(p.scales.values + index), 0};
+        into[half] = {load_after_wait(p.scales.values + index), 0};
       }
     }
     scale_quad += p.row_groups;
@@ -159,7 +161,7 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
   float map_value = 0.0f;
   if constexpr (kDoubleQuant) {
     if (thread < 256) map_value = kDynamicMapOnDevice.values[thread];
-    offset = __ldg(p.scales.offset);
+    offset = load_after_wait(p.scales.offset);
   }
   start(k_warp * kShareUnits);
 
@@ -174,7 +176,7 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
       for (int half = 0; half < 2; ++half) {
         x[run][half] = make_uint4(0, 0, 0, 0);
         if (unit < p.units && token < kM) {
-          x[run][half] = __ldg(reinterpret_cast<const uint4*>(source) + half);
+          x[run][half] = load_after_wait(reinterpret_cast<const uint4*>(source) + half);
         }
       }
     }
@@ -248,6 +250,7 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
         } else {
           scale[half] = raw[0][half].value;
         }
+        scale[half] *= p.table.scale_inverse;
       }
       const uint32_t stage = ring.acquire() + r * (kShareUnits * 32) + s * 32 + t * 8;
 #pragma unroll
@@ -302,7 +305,6 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
     for (int w = 0; w < p.k_warps; ++w) {
       sum += load_shared(shared_base + kPartialsAt + (w * kM * rows + i) * 4);
     }
-    sum *= p.table.scale_inverse;
     const int col = quad_begin * kQuad + row;
     if (col < p.n) {
       if (p.bias != nullptr) sum += to_float(i == thread ? bias : p.bias[col]);

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kUnit = 64;
 constexpr size_t kAlignment = 16;
+constexpr int64_t kMaxDepth = int64_t{1} << 30;  // bytes and elements of a row fit into an int
 
 }  // namespace
 
@@ -22,8 +23,8 @@ bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not
   } else if (args.x.rows > max_rows) {
     *why_not = "x has " + std::to_string(args.x.rows) + " rows, it takes at most " +
                std::to_string(max_rows);
-  } else if (weight.cols % kUnit != 0) {
-    *why_not = "K = " + std::to_string(weight.cols) + " is not a multiple of 64";
+  } else if (weight.cols == 0 || weight.cols % kUnit != 0 || weight.cols > kMaxDepth) {
+    *why_not = "K = " + std::to_string(weight.cols) + " is not a multiple of 64 up to 2^30";
   } else if (weight.block_size < kUnit) {
     *why_not = "the block size " + std::to_string(weight.block_size) + " is below 64";
   } else if (weight.rows > std::numeric_limits<int32_t>::max() / 2 ||

@@ -8,7 +8,7 @@ namespace qlora_native::cuda {
 
 struct TableValues {
   float values[16];     ///< of the codes, times a scale
-  float scale_inverse;  ///< what a product with them is multiplied by
+  float scale_inverse;  ///< what a block's scale is multiplied by
 };
 
 /// Whether `table_values` knows a scale with which the codebook's values lose less in 16 bits than

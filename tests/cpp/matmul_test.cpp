@@ -288,11 +288,14 @@ TEST_P(Matmul, RepeatsItsBitsWithEveryNumberOfThreads) {
 TEST_P(Matmul, NothingToDo) {
   for (const Device device : test_devices()) {
     const TestStream stream(device);
-    for (const auto& [m, rows, cols] : {std::array<int64_t, 3>{0, 8, 64}, {3, 0, 64}, {3, 8, 0}}) {
-      const Product p{{rows, cols, 64, kNF4, false}, m, DType::kFloat32, transposed()};
-      const std::vector<double> out = run_on(device, p, make_inputs(p, 600));
-      // Without a term the sum is zero.
-      EXPECT_EQ(out, std::vector<double>(static_cast<size_t>(p.m * p.columns()), 0.0));
+    for (const DType dtype : kAllDTypes) {
+      for (const auto& [m, rows, cols] :
+           {std::array<int64_t, 3>{0, 8, 64}, {3, 0, 64}, {1, 8, 0}, {3, 8, 0}, {40, 8, 0}}) {
+        const Product p{{rows, cols, 64, kNF4, false}, m, dtype, transposed()};
+        const std::vector<double> out = run_on(device, p, make_inputs(p, 600));
+        // Without a term the sum is zero.
+        EXPECT_EQ(out, std::vector<double>(static_cast<size_t>(p.m * p.columns()), 0.0));
+      }
     }
   }
 }

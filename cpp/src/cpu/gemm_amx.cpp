@@ -8,12 +8,14 @@
 //   A task is one of cpu_threads() calls, which draw panels until there are none left: each has a
 //   part of the workspace of its own. An element's sum does not depend on who computes it.
 #include <atomic>
+#include <string>
 
 #include "cpu/amx.h"
 #include "cpu/kernels.h"
 #include "cpu/panels_bf16.h"
 #include "cpu/parallel.h"
 #include "qlora_native/device.h"
+#include "qlora_native/error.h"
 
 namespace qlora_native::cpu {
 namespace {
@@ -308,12 +310,16 @@ void multiply_panel(const MatmulTransposedArgs& args, const Plan& plan, const ui
   }
 }
 
-/// Multiplies all panels. The number of threads may have changed since the workspace was made: the
-/// tasks are as many as it has room for.
+/// Multiplies all panels. Another thread may have changed the number of threads since the workspace
+/// was made: the tasks are as many as it has room for. Throws when that is none.
 template <class Args>
 void multiply(const Args& args, Workspace workspace, const uint16_t* a, Plan plan) {
   char* const parts = static_cast<char*>(workspace.data) + plan.a_elems() * 2;
   const int64_t room = (workspace.size_bytes - plan.a_elems() * 2) / plan.part_bytes();
+  if (room < 1) {
+    throw InvalidArgument("gemm_amx: the workspace of " + std::to_string(workspace.size_bytes) +
+                          " bytes is too small for the number of CPU threads, which has changed");
+  }
   plan.parts = std::min(plan.parts, room);
   for_each_panel(plan, parts, [&](const Part& part, int64_t panel) {
     multiply_panel(args, plan, a, part, panel);

@@ -1,0 +1,40 @@
+"""Kernels that start before the previous one has ended read nothing by ways that may be early."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import pytest
+
+from _sources import read_texts
+
+_WAITS = re.compile(r"\bwait_for_previous_kernel\(\);")
+_EARLY = re.compile(
+    r"\b__ldg\(|\bload_streaming\(|\bload8<|ld\.global\.nc|\bScaleReader<kDoubleQuant>"
+)
+
+
+def early_loads(texts: Mapping[str, str]) -> list[str]:
+    """Return "file: load" for loads that the compiler may move across the wait."""
+    return [
+        f"{name}: {match.group()}"
+        for name, text in sorted(texts.items())
+        if _WAITS.search(text)
+        for match in _EARLY.finditer(text)
+    ]
+
+
+def test_overlapping_kernels_load_behind_the_wait():
+    texts = read_texts((".cu",))
+    assert sum(1 for text in texts.values() if _WAITS.search(text)) >= 3
+    assert early_loads(texts) == []
+
+
+@pytest.mark.parametrize(
+    "load", ["__ldg(p.x)", "load_streaming(p.codes)", "const ScaleReader<kDoubleQuant> scales(p);"]
+)
+def test_an_early_load_is_found(load):
+    source = {"cuda/a.cu": f"void f() {{ wait_for_previous_kernel();\n {load} }}"}
+    assert len(early_loads(source)) == 1
+    assert early_loads({"cuda/a.cu": load}) == []
