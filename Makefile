@@ -20,7 +20,7 @@ help:
 	@echo "make gpu     build and test on this machine's GPU, write bench/results/<gpu>.json"
 	@echo "make bench   measure, alone and beside bitsandbytes and dense bf16; redraw README's figures"
 	@echo "make lint    formatting and static checks (make format repairs)"
-	@echo "make sanitize  the C++ tests under ASan and UBSan"
+	@echo "make sanitize  the C and C++ tests under ASan and UBSan"
 
 bootstrap:
 	@PYTHON=$(PYTHON) tools/bootstrap.sh
@@ -38,12 +38,12 @@ test: build
 lint: bootstrap
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: bootstrap
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+	git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 sanitize: bootstrap
 	$(BIN)/cmake --preset asan-ubsan

@@ -7,10 +7,10 @@ if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
 endif()
 
 function(qn_configure_target target)
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic>)
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Wpedantic>)
   if(QLORA_NATIVE_SANITIZE)
     target_compile_options(${target} PRIVATE
-      $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${QLORA_NATIVE_SANITIZE} -fno-sanitize-recover=all
+      $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${QLORA_NATIVE_SANITIZE} -fno-sanitize-recover=all
                                 -fno-omit-frame-pointer>)
     target_link_options(${target} PRIVATE -fsanitize=${QLORA_NATIVE_SANITIZE})
   endif()

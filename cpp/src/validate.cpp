@@ -64,36 +64,11 @@ MatrixView as_const(const MutableMatrixView& view) {
   return {view.data, view.rows, view.cols, view.row_stride, view.dtype, view.device};
 }
 
-void check_codebook(const char* op, const Codebook& book) {
-  const auto code = static_cast<int32_t>(book.type);
-  if (code < 0 || code > static_cast<int32_t>(QuantType::kCustom)) {
-    fail(op, ": unknown quant_type code ", code);
-  }
-  if (book.type != QuantType::kCustom) return;
-  for (int i = 0; i < 16; ++i) {
-    if (!std::isfinite(book.values[i])) fail(op, ": codebook value ", i, " is ", book.values[i]);
-    if (i > 0 && !(book.values[i - 1] < book.values[i])) {
-      fail(op, ": codebook values must ascend, but value ", i - 1, " is ", book.values[i - 1],
-           " and value ", i, " is ", book.values[i]);
-    }
-  }
-}
-
 /// The rules common to a weight that is read and one that is written.
 template <class View>
 void check_quantized(const char* op, const View& weight) {
-  if (weight.rows < 0 || weight.cols < 0)
-    fail(op, ": the weight is ", weight.rows, " x ", weight.cols);
-  int64_t bits = 0;
-  if (__builtin_mul_overflow(weight.rows, weight.cols, &bits) ||
-      __builtin_mul_overflow(bits, int64_t{8}, &bits)) {
-    fail(op, ": the weight's ", weight.rows, " x ", weight.cols, " elements overflow 64 bits");
-  }
-  if (!is_valid_block_size(weight.block_size)) {
-    fail(op, ": block_size ", weight.block_size, " is not a power of two from ", kMinBlockSize,
-         " to ", kMaxBlockSize);
-  }
-  check_codebook(op, weight.codebook);
+  validate(op, weight.rows, weight.cols, weight.block_size);
+  validate(op, weight.codebook);
   const int64_t numel = weight.numel();
   check_pointer(op, "the packed weight", weight.packed, numel);
   const int64_t blocks = num_blocks(numel, weight.block_size);
@@ -109,6 +84,34 @@ void check_quantized(const char* op, const View& weight) {
 }
 
 }  // namespace
+
+void validate(const char* op, const Codebook& book) {
+  const auto code = static_cast<int32_t>(book.type);
+  if (code < 0 || code > static_cast<int32_t>(QuantType::kCustom)) {
+    fail(op, ": unknown quant_type code ", code);
+  }
+  if (book.type != QuantType::kCustom) return;
+  for (int i = 0; i < 16; ++i) {
+    if (!std::isfinite(book.values[i])) fail(op, ": codebook value ", i, " is ", book.values[i]);
+    if (i > 0 && !(book.values[i - 1] < book.values[i])) {
+      fail(op, ": codebook values must ascend, but value ", i - 1, " is ", book.values[i - 1],
+           " and value ", i, " is ", book.values[i]);
+    }
+  }
+}
+
+void validate(const char* op, int64_t rows, int64_t cols, int64_t block_size) {
+  if (rows < 0 || cols < 0) fail(op, ": the weight is ", rows, " x ", cols);
+  int64_t bits = 0;
+  if (__builtin_mul_overflow(rows, cols, &bits) ||
+      __builtin_mul_overflow(bits, int64_t{8}, &bits)) {
+    fail(op, ": the weight's ", rows, " x ", cols, " elements overflow 64 bits");
+  }
+  if (!is_valid_block_size(block_size)) {
+    fail(op, ": block_size ", block_size, " is not a power of two from ", kMinBlockSize, " to ",
+         kMaxBlockSize);
+  }
+}
 
 void validate(const QuantizeArgs& args) {
   constexpr const char* kOp = "quantize_4bit";

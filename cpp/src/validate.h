@@ -2,6 +2,7 @@
 // InvalidArgument with the values in the message, before anything is written.
 #pragma once
 
+#include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/quantize.h"
@@ -12,5 +13,9 @@ void validate(const QuantizeArgs& args);
 void validate(const DequantizeArgs& args);
 void validate(const MatmulArgs& args);
 void validate(const MatmulTransposedArgs& args);
+
+/// The parts of those checks that need no arrays; `op` begins the message.
+void validate(const char* op, const Codebook& book);
+void validate(const char* op, int64_t rows, int64_t cols, int64_t block_size);
 
 }  // namespace qlora_native

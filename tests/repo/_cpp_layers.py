@@ -16,6 +16,7 @@ class Layer(NamedTuple):
 
     name: str
     patterns: tuple[str, ...]
+    """Globs; files that match one after a "!" are not of the layer."""
     not_from: tuple[str, ...] = ()
     """Layers further left that are out of bounds all the same."""
 
@@ -47,13 +48,26 @@ LAYERS = (
     Layer("cuda", ("cuda/*",), not_from=("umbrella", "c_abi", "cpu", "no_cuda")),
     Layer(
         "dispatch",
-        ("cpp/src/*.h", "cpp/src/*.cpp"),
-        not_from=("umbrella", "cpu", "no_cuda", "cuda_device", "cuda"),
+        ("cpp/src/*.h", "cpp/src/*.cpp", "!cpp/src/c_api_*"),
+        not_from=("umbrella", "c_abi", "cpu", "no_cuda", "cuda_device", "cuda"),
+    ),
+    Layer(
+        "c_abi_sources",
+        ("cpp/src/c_api_*",),
+        not_from=("umbrella", "backend", "cpu", "no_cuda", "cuda_device", "cuda"),
     ),
     Layer(
         "clients",
         ("cpp/bindings/*", "bench/*", "examples/*", "tests/install/*", "tests/c_abi/*"),
-        not_from=("backend", "cpu", "no_cuda", "cuda_device", "cuda", "dispatch"),
+        not_from=(
+            "backend",
+            "cpu",
+            "no_cuda",
+            "cuda_device",
+            "cuda",
+            "dispatch",
+            "c_abi_sources",
+        ),
     ),
     Layer("tests", ("tests/*",)),
 )
@@ -75,6 +89,9 @@ _FOREIGN = {
 def layer_of(name: str) -> Layer | None:
     """Return the layer that owns a file."""
     for layer in LAYERS:
+        without = (pattern[1:] for pattern in layer.patterns if pattern.startswith("!"))
+        if any(fnmatch(name, pattern) for pattern in without):
+            continue
         if any(fnmatch(name, pattern) for pattern in layer.patterns):
             return layer
     return None

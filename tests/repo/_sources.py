@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _NOT_OURS = {".git", ".venv", "build", "dist", "__pycache__"}
 
-CPP_SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+CPP_SUFFIXES = (".h", ".c", ".cpp", ".cu", ".cuh")
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 from _sources import ROOT, all_files
 
-SUFFIXES = (".h", ".cpp", ".cu", ".cuh", ".cmake", ".py", ".sh", ".map")
+SUFFIXES = (".h", ".c", ".cpp", ".cu", ".cuh", ".cmake", ".py", ".sh", ".map")
 FOLDERS = ("cmake/", "cpp/", "cuda/", "python/", "tools/", "bench/", "examples/")
 # Folders that HACKING.md describes as one.
 DESCRIBED_WHOLE = ("bench/cpp/",)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from _sources import read_texts
+from _sources import CPP_SUFFIXES, read_texts
 
 MAX_LINES = 400
-_SOURCES = (".h", ".cpp", ".cu", ".cuh", ".py", ".cmake", ".sh", "CMakeLists.txt", "Makefile")
+_SOURCES = (".h", ".c", ".cpp", ".cu", ".cuh", ".py", ".cmake", ".sh", "CMakeLists.txt", "Makefile")
 
 # Files that may be longer, and why.
 LONGER: dict[str, str] = {}
@@ -121,7 +121,7 @@ def test_the_library_does_not_print():
 
 
 def test_the_core_does_not_print_or_exit():
-    sources = read_texts((".h", ".cpp", ".cu", ".cuh"), ("cpp/include/", "cpp/src/", "cuda/"))
+    sources = read_texts(CPP_SUFFIXES, ("cpp/include/", "cpp/src/", "cuda/"))
     assert "cpp/src/quantize.cpp" in sources
     assert list(cpp_output(sources)) == []
 

@@ -35,7 +35,14 @@ def test_cpp_files_include_only_from_the_left():
     assert list(_cpp_layers.violations(read_texts(CPP_SUFFIXES))) == []
 
 
-BASE = {"cpp/include/qlora_native/dtype.h": "", "cpp/src/backend.h": "", "cpp/src/cpu/gemm.h": ""}
+BASE = {
+    "cpp/include/qlora_native/dtype.h": "",
+    "cpp/include/qlora_native/c_api.h": "",
+    "cpp/src/backend.h": "",
+    "cpp/src/validate.h": "",
+    "cpp/src/c_api_guard.h": "",
+    "cpp/src/cpu/gemm.h": "",
+}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,10 @@ BASE = {"cpp/include/qlora_native/dtype.h": "", "cpp/src/backend.h": "", "cpp/sr
         ("cuda/gemm/gemm.cu", '#include "cpu/gemm.h"'),
         ("cuda/device/decode.cuh", '#include "backend.h"'),
         ("cpp/src/matmul.cpp", '#include "cpu/gemm.h"'),
+        ("cpp/src/c_api_queries.cpp", '#include "backend.h"'),
+        ("cpp/src/matmul.cpp", '#include "c_api_guard.h"'),
+        ("cpp/src/validate.cpp", '#include "qlora_native/c_api.h"'),
+        ("tests/c_abi/main.c", '#include "validate.h"'),
         ("cpp/bindings/module.cpp", '#include "backend.h"'),
         ("bench/bench.cpp", '  #  include "backend.h"'),
         ("cpp/src/cpu/gemm.cpp", "#include <cuda_runtime.h>"),
@@ -62,7 +73,12 @@ def test_a_wrong_include_is_found(name, text):
 
 
 def test_a_right_include_is_not_found():
-    texts = {**BASE, "cpp/src/cpu/gemm.cpp": '#include "cpu/gemm.h"\n#include "backend.h"'}
+    texts = {
+        **BASE,
+        "cpp/src/cpu/gemm.cpp": '#include "cpu/gemm.h"\n#include "backend.h"',
+        "cpp/src/c_api_queries.cpp": '#include "qlora_native/c_api.h"\n#include "validate.h"',
+        "tests/c_abi/main.c": '#include "qlora_native/c_api.h"',
+    }
     assert list(_cpp_layers.violations(texts)) == []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from _library import built_library, exported_symbols
 from _sources import ROOT, all_files
 
 INCLUDE = "cpp/include"
@@ -100,15 +100,6 @@ _OURS = re.compile(
 )
 
 
-def exported_symbols(library: Path) -> list[str]:
-    """Return the demangled names that a shared library defines for others."""
-    if shutil.which("nm") is None:
-        pytest.skip("nm is not on PATH")
-    command = ["nm", "--dynamic", "--defined-only", "--demangle", str(library)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [line.split(maxsplit=2)[2] for line in output.splitlines()]
-
-
 def foreign(symbols: list[str]) -> Iterator[str]:
     """Yield the symbols that are not of this library."""
     for symbol in symbols:
@@ -116,25 +107,14 @@ def foreign(symbols: list[str]) -> Iterator[str]:
             yield symbol
 
 
-def _library() -> Path:
-    # An editable installation has two folders: the sources and what was built.
-    spec = importlib.util.find_spec("qlora_native")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    libraries = [Path(folder) / "lib" / "libqlora_native.so" for folder in folders]
-    built = next((library for library in libraries if library.is_file()), None)
-    if built is None:
-        pytest.skip(f"the library is not built: none of {', '.join(map(str, libraries))}")
-    return built
-
-
 def test_only_our_symbols_are_exported():
-    symbols = exported_symbols(_library())
+    symbols = exported_symbols(built_library())
     assert list(foreign(symbols)) == []
     assert any(symbol.startswith("qlora_native::quantize_4bit(") for symbol in symbols)
 
 
 def test_internals_are_not_exported():
-    symbols = exported_symbols(_library())
+    symbols = exported_symbols(built_library())
     assert [s for s in symbols if re.search(r"qlora_native::(cpu|cuda|detail)::", s)] == []
 
 

@@ -1,0 +1,24 @@
+// The C ABI's argument structs as the arguments of the C++ operations. Checked here is what C cannot
+// express or the operations do not see: struct sizes, enum values, alignment, reserved members; the
+// operations check the rest. Each throws InvalidArgument.
+#pragma once
+
+#include "qlora_native/c_api.h"
+#include "qlora_native/codebook.h"
+#include "qlora_native/dequantize.h"
+#include "qlora_native/matmul.h"
+#include "qlora_native/quantize.h"
+
+namespace qlora_native::c_api {
+
+/// `custom_values` must be there for kCustom and nowhere else. Does not look at its values.
+Codebook to_codebook(const char* function, qn_quant_type type, const float* custom_values);
+
+QuantizeArgs to_args(const char* function, const qn_quantize_args* args);
+DequantizeArgs to_args(const char* function, const qn_dequantize_args* args);
+MatmulArgs to_args(const char* function, const qn_matmul_args* args);
+MatmulTransposedArgs to_args(const char* function, const qn_matmul_transposed_args* args);
+
+Workspace to_workspace(const char* function, void* data, int64_t size_bytes);
+
+}  // namespace qlora_native::c_api
