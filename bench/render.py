@@ -47,7 +47,9 @@ double quantization. "x bnb", "x dense": how many times as long bitsandbytes and
 over the dense weight take, so more than 1 means that ours is faster. "Of copy": the bytes that have
 to move, over the time, relative to a large copy in the same process. "Error": of the product,
 relative to fp64; in brackets that of decoding the weight and multiplying by the dense result.
-"Eager", on a GPU: wall time of a call with the host's part in it; the other times have none."""
+"Eager", on a GPU: wall time of a call with the host's part in it; the other times have none. On a
+CPU, outputs lie in memory that was used before, and a weight of a few megabytes partly in the
+caches; into fresh memory page faults cost as much again (the records have both)."""
 
 
 def reports(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
