@@ -65,9 +65,7 @@ class EagerOps {
     for (const nb::handle tensor : tensors) {
       dlpack::Tensor described;
       if (tensor.is_none()) continue;
-      if (!torch_.describe(tensor, &described) || torch_.is_negated(tensor, described)) {
-        return false;
-      }
+      if (!torch_.describe(tensor, &described) || torch_.is_negated(tensor)) return false;
     }
     return true;
   }
@@ -83,7 +81,7 @@ class EagerOps {
 
   nb::object linear_of_layer(nb::handle x, const LayerObjects& objects) {
     EagerWeight weight;
-    nb::handle bias;
+    nb::object bias;
     if (!read_layer(torch_, objects, &weight, &bias) || !is_direct({x, bias}, true)) {
       return nb::none();
     }
@@ -103,6 +101,7 @@ class EagerOps {
     }
     args.weight = weight.view;
     args.dx = output_matrix(args.dy, weight.view.cols);
+    share_threads(weight.view.device);
     const qn::MatmulPlan plan = qn::matmul_4bit_transposed_plan(args);
     if (plan.prefers_dense) {
       const nb::object dense = decode(weight, args.dy.dtype);
@@ -150,6 +149,7 @@ class EagerOps {
     }
     args.weight = weight.view;
     args.y = output_matrix(args.x, weight.view.rows);
+    share_threads(weight.view.device);
     const qn::MatmulPlan plan = qn::matmul_4bit_plan(args);
     if (plan.prefers_dense) {
       const nb::object dense = decode(weight, args.x.dtype);
@@ -164,9 +164,11 @@ class EagerOps {
     });
   }
 
-  /// The matrix for a dense product. None on a CPU unless it is small: fresh memory costs more in
-  /// page faults than the decoding, and the operator has scratch memory and panels.
+  /// The matrix for a dense product by torch. None under autocast, which would cast its factors,
+  /// and on a CPU unless it is small: fresh memory costs more in page faults than the decoding, and
+  /// the operator has scratch memory and panels.
   nb::object decode(const EagerWeight& weight, qn::DType dtype) {
+    if (torch_.is_autocast_enabled()) return nb::none();
     constexpr int64_t kCpuBytes = 64 << 10;
     const int64_t size_bytes = weight.view.numel() * qn::size_bytes(dtype);
     if (weight.view.device.is_cpu() && size_bytes > kCpuBytes) return nb::none();
@@ -175,9 +177,15 @@ class EagerOps {
 
   nb::object run_dequantize(const EagerWeight& weight, qn::DType dtype) {
     const Output output{weight.shape, dtype, weight.view.device};
+    share_threads(output.device);
     return run(output, [&](void* data, qn::Workspace, qn::Stream stream) {
       qn::dequantize_4bit({weight.view, {data, weight.view.numel(), dtype, output.device}}, stream);
     });
+  }
+
+  /// To be called before a kernel is planned: the workspace depends on the number of threads.
+  void share_threads(qn::Device device) const {
+    if (device.is_cpu()) torch_.share_num_threads();
   }
 
   /// Runs a kernel into a new tensor and returns that.
@@ -201,12 +209,9 @@ class EagerOps {
     nb::object result = torch_.empty(output.shape.span(), output.dtype, output.device);
     void* const data = address(result);
     if (data == nullptr) return nb::none();
-    if (output.device.is_cpu()) {
-      torch_.share_num_threads();
+    {
+      // A launch waits too: for room in the queue, or for the first load of the kernel.
       const nb::gil_scoped_release no_gil;
-      kernel(data, workspace, stream);
-    } else {
-      // Queuing a kernel takes no longer than giving the interpreter away and back.
       kernel(data, workspace, stream);
     }
     ++calls_;

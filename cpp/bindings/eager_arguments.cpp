@@ -121,14 +121,16 @@ bool read_weight(const Torch& torch, const WeightObjects& objects, EagerWeight* 
 }
 
 bool read_layer(const Torch& torch, const LayerObjects& objects, EagerWeight* out,
-                nb::handle* bias) {
+                nb::object* bias) {
   const auto parameter = [&](const Torch::Name name) {
-    return nb::handle(PyDict_GetItemWithError(objects.parameters.ptr(), torch.name(name)));
+    return nb::borrow(PyDict_GetItemWithError(objects.parameters.ptr(), torch.name(name)));
   };
-  const nb::handle packed = parameter(Torch::Name::kWeight);
-  const nb::handle absmax_object = parameter(Torch::Name::kWeightAbsmax);
-  const nb::handle absmax2_object = parameter(Torch::Name::kWeightAbsmax2);
+  out->owned = {parameter(Torch::Name::kWeight), parameter(Torch::Name::kWeightAbsmax),
+                parameter(Torch::Name::kWeightAbsmax2)};
   *bias = parameter(Torch::Name::kBias);
+  const nb::handle packed = out->owned[0];
+  const nb::handle absmax_object = out->owned[1];
+  const nb::handle absmax2_object = out->owned[2];
   // A missing parameter is elsewhere: computed from others, say.
   if (!packed || !absmax_object || !absmax2_object || !*bias) return false;
   if (objects.rows < 0 || objects.cols < 0 ||
@@ -174,7 +176,7 @@ bool read_activation(const Torch& torch, nb::handle tensor, const EagerWeight& w
     }
     rows *= sizes[i];
   }
-  if (rows == 0 || row_stride < features || torch.is_negated(tensor, *described)) return false;
+  if (rows == 0 || row_stride < features || torch.is_negated(tensor)) return false;
   out->data = described->data;
   out->rows = rows;
   out->cols = features;
@@ -190,7 +192,7 @@ bool read_bias(const Torch& torch, nb::handle tensor, const EagerWeight& weight,
   if (!torch.describe(tensor, &described) || !float_dtype_of(described.dtype, &out->dtype) ||
       out->dtype != dtype || described.device != weight.device || described.ndim != 1 ||
       described.shape[0] != weight.view.rows || described.strides[0] != 1 ||
-      torch.is_negated(tensor, described)) {
+      torch.is_negated(tensor)) {
     return false;
   }
   out->data = described.data;

@@ -34,12 +34,13 @@ struct EagerWeight {
   qlora_native::QuantizedView view;
   dlpack::Device device;
   Shape shape;
+  std::array<nanobind::object, 3> owned;  ///< tensors that no caller holds during the call
 };
 
 bool read_weight(const Torch& torch, const WeightObjects& objects, EagerWeight* out);
 
 /// What nn.Linear4bit keeps: a dict of parameters whose fp32 parts are bytes, absmax2's with the
-/// offset's at the end.
+/// offset's at the end. Another thread may replace parameters during the call.
 struct LayerObjects {
   nanobind::handle parameters, quant_type, codebook;
   int64_t rows, cols, block_size;
@@ -47,7 +48,7 @@ struct LayerObjects {
 
 /// `*bias` is the layer's, or None.
 bool read_layer(const Torch& torch, const LayerObjects& objects, EagerWeight* out,
-                nanobind::handle* bias);
+                nanobind::object* bias);
 
 /// Activations for `weight`: rows of `features` elements, at least two.
 bool read_activation(const Torch& torch, nanobind::handle tensor, const EagerWeight& weight,

@@ -126,9 +126,7 @@ bool Torch::describe(nb::handle tensor, dlpack::Tensor* out) const {
   return true;
 }
 
-bool Torch::is_negated(nb::handle tensor, const dlpack::Tensor& described) const {
-  // Only parts of complex tensors are, and no complex type has parts of another kind.
-  if (described.dtype.code != dlpack::kFloat) return false;
+bool Torch::is_negated(nb::handle tensor) const {
   const nb::object result = call(functions_.is_neg, {tensor});
   return result.ptr() != Py_False;
 }

@@ -70,7 +70,7 @@ class Torch {
   /// Describes a plain tensor on a CPU or a CUDA device.
   bool describe(nanobind::handle tensor, dlpack::Tensor* out) const;
   /// Whether the tensor's elements are the negatives of what its memory holds.
-  bool is_negated(nanobind::handle tensor, const dlpack::Tensor& described) const;
+  bool is_negated(nanobind::handle tensor) const;
 
   /// Names of nn.Linear4bit's parameters.
   enum class Name { kWeight, kWeightAbsmax, kWeightAbsmax2, kBias };

@@ -207,15 +207,15 @@ def _dense_linear(
     x: torch.Tensor, bias: torch.Tensor | None, weight: Weight, y: torch.Tensor
 ) -> None:
     for first, dense in weight.dense_panels(x.dtype):
-        rows = dense.shape[0]
-        if rows == weight.rows:
-            if bias is None:
-                torch.mm(x, dense.t(), out=y)
-            else:
-                torch.addmm(bias, x, dense.t(), out=y)
+        columns = slice(first, first + dense.shape[0])
+        # Products into given memory are none that autocast casts.
+        out = y if dense.shape[0] == weight.rows else y.new_empty(len(y), dense.shape[0])
+        if bias is None:
+            torch.mm(x, dense.t(), out=out)
         else:
-            part = None if bias is None else bias[first : first + rows]
-            y[:, first : first + rows] = torch.nn.functional.linear(x, dense, part)
+            torch.addmm(bias[columns], x, dense.t(), out=out)
+        if out is not y:
+            y[:, columns] = out
 
 
 def _linear_4bit_fake(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:

@@ -235,8 +235,13 @@ class Linear4bit(nn.Linear):
         return self._product(x.to(self.compute_dtype)).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        # A subclass may have another idea of the weight.
-        if not _is_traced() and type(self).quantized_weight is _quantized_weight:
+        # A subclass, or whoever replaces the method, may have another idea of the weight.
+        if (
+            type(self) is Linear4bit
+            and "quantized_weight" not in self.__dict__
+            and Linear4bit.quantized_weight is _quantized_weight
+            and not _is_traced()
+        ):
             y = _run_linear_4bit(
                 x,
                 self._parameters,
