@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "device/shared_memory.cuh"
 #include "device/warp_reduce.cuh"
 
 namespace qlora_native::cuda {
@@ -10,8 +11,18 @@ namespace qlora_native::cuda {
 /// Starts a copy of 16 bytes to shared memory, past the L1 cache. Both addresses are 16-byte
 /// aligned.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* source) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(source)
+               : "memory");
+}
+
+/// The same to an address of shared memory; writes zeros and reads nothing unless
+/// `source_exists`. `source` is a valid address all the same.
+__device__ __forceinline__ void copy_async_16_or_zeros(uint32_t shared, const void* source,
+                                                       bool source_exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source),
+               "r"(source_exists ? 16 : 0)
+               : "memory");
 }
 
 /// Closes a group of the thread's copies.
@@ -38,7 +49,7 @@ __device__ __forceinline__ void store_by_warp(void* target, const void* source, 
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncwarp();
   if (lane != 0) return;
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(source));
+  const uint32_t address = shared_address(source);
   if (evict_first) {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

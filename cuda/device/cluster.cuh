@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "device/decode.cuh"
+#include "device/shared_memory.cuh"
 
 namespace qlora_native::cuda {
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "device/grid_dependency.cuh"
+#include "device/shared_memory.cuh"
 #include "qlora_native/codebook.h"
 
 namespace qlora_native::cuda {
@@ -24,19 +25,12 @@ struct alignas(256) LookupTable {
   __device__ __forceinline__ float operator[](uint32_t code) const { return values[code]; }
 };
 
-__device__ __forceinline__ float load_shared(uint32_t address) {
-  float value;
-  // Volatile keeps it behind the barrier that follows the filling of the table.
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
-  return value;
-}
-
 /// Decodes the first `kCodes` of the eight codes of a 32-bit word (four bytes in memory order, the
 /// first element of each in its high nibble).
 template <int kCodes>
 __device__ __forceinline__ void decode_word(const LookupTable& table, uint32_t word,
                                             float (&out)[kCodes]) {
-  const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(table.values));
+  const uint32_t base = shared_address(table.values);
   // Byte i of `first` and `second` is the offset of an entry: a mask and a shift serve four codes,
   // and one permutation per code puts the offset in place of the base's lowest byte.
   const uint32_t first = (word >> 2) & 0x3c3c3c3cu;

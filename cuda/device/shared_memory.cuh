@@ -10,26 +10,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// Copies `bytes` (0 or 16) bytes asynchronously; 0 writes zeros. Both addresses are 16-byte aligned.
-/// Goes past L1: for what is not read again.
-__device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(bytes)
-               : "memory");
-}
-
-/// Closes a group of the thread's copies.
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-/// Waits until at most the latest `kPending` groups of the thread's copies are under way. Other
-/// threads need a barrier after it.
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 /// Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, and
 /// gets columns 2t, 2t + 1 (t = l % 4) of row l / 4 of each. (PTX ISA, ldmatrix.)
 __device__ __forceinline__ void load_matrix_x4(uint32_t address, uint32_t (&words)[4]) {
@@ -41,10 +21,23 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t address, uint32_t (&word
 
 // Volatile keeps the accesses on their side of a barrier.
 
+__device__ __forceinline__ float load_shared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+  return value;
+}
+
 __device__ __forceinline__ uint2 load_shared2(uint32_t address) {
   uint2 value;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
   return value;
+}
+
+/// Loads 16 bytes where `wanted`; elsewhere `value` stays, and the lane costs no bandwidth.
+__device__ __forceinline__ void load_shared_if(uint4& value, uint32_t address, bool wanted) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+               : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+               : "r"(address), "r"(static_cast<uint32_t>(wanted)));
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, float value) {

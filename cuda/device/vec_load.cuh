@@ -88,24 +88,4 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* source) {
   return value;
 }
 
-__device__ __forceinline__ uint2 load_streaming(const uint2* source) {
-  uint2 value;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-      : "=r"(value.x), "=r"(value.y)
-      : "l"(source));
-  return value;
-}
-
-__device__ __forceinline__ uint32_t load_streaming(const uint32_t* source) {
-  uint32_t value;
-  asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(value) : "l"(source));
-  return value;
-}
-
-__device__ __forceinline__ uint16_t load_streaming(const uint16_t* source) {
-  uint16_t value;
-  asm("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(value) : "l"(source));
-  return value;
-}
-
 }  // namespace qlora_native::cuda

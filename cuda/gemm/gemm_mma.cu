@@ -12,11 +12,13 @@
 //   Cluster: where x does not fit into shared memory, 2, 4 or 8 thread blocks share their tiles,
 //   each with a part of K and of x, and add their sums through each other's shared memory.
 //   Pass: as many tiles as there is space for sums.
+//
 // Codes come by cp.async, two steps ahead, 128 bytes of each row; 16-byte piece c of row r lies at
 // piece c ^ (r % 8): no bank conflicts for ldmatrix. Scales are loaded two steps ahead, before the
 // codes, and go through shared memory so that a lane decodes two of 64.
 //
 // All sums are made in fixed order: the same arguments give the same bits.
+//
 // Bytes moved: N * K * (1/2 + scales) per eight rows of X. Bound: shared memory, 35 wavefronts per 1024
 // weights, 16 of them lookups.
 #include <algorithm>
@@ -24,6 +26,7 @@
 #include <string>
 
 #include "device/architecture.cuh"
+#include "device/async_copy.cuh"
 #include "device/cluster.cuh"
 #include "device/decode.cuh"
 #include "device/grid_dependency.cuh"
@@ -100,13 +103,6 @@ struct Position {
 
 __device__ __forceinline__ int run_begin(int warp, int steps) { return warp * steps / kWarps; }
 
-/// Eight elements of x for lanes that have a row of x; others keep what they have.
-__device__ __forceinline__ void load_x(uint4& x, uint32_t at, bool is_active) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
-               : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-               : "r"(at), "r"(static_cast<uint32_t>(is_active)));
-}
-
 template <class T, bool kDoubleQuant>
 __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
   extern __shared__ __align__(256) char shared[];
@@ -144,10 +140,10 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
     const uint32_t target = shared_address(shared + kXAt) + token * plan.x_pitch;
     for (int piece = thread; piece < x_pieces; piece += kThreads) {
       const bool exists = piece < x_existing;
-      copy_async(target + piece * 16, exists ? source + piece * 8 : p.x, exists ? 16 : 0);
+      copy_async_16_or_zeros(target + piece * 16, exists ? source + piece * 8 : p.x, exists);
     }
   }
-  commit_copies();
+  copy_async_commit();
 
   const int copy_row = lane / (kRowBytes / 16);
   const int copy_piece = lane % (kRowBytes / 16);
@@ -164,13 +160,13 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
       for (int i = 0; i < kCopies; ++i) {
         const int row = copy_row + i * kRowsPerCopy;
         const bool exists = first_row + i * kRowsPerCopy < p.n && unit < unit_end;
-        copy_async(target + row * kRowBytes + (copy_piece ^ (row % 8)) * 16,
-                   exists ? source : p.packed, exists ? 16 : 0);
+        copy_async_16_or_zeros(target + row * kRowBytes + (copy_piece ^ (row % 8)) * 16,
+                               exists ? source : p.packed, exists);
         source += kRowsPerCopy * row_bytes;
       }
       codes.advance(k_steps);
     }
-    commit_copies();
+    copy_async_commit();
   };
   // A lane has row lane / 2 of the tile, and two units from 2 (lane % 2).
   Position scales{};
@@ -208,7 +204,7 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
   start_pass();
   PairTable::fill<T>(shared, p.table.values, thread, kThreads);
   if (kDoubleQuant && thread < 256) map[thread] = map_value;
-  wait_for_copies<kStages - 1>();  // of x
+  copy_async_wait<kStages - 1>();  // of x
   __syncthreads();
 
   const uint32_t lane_offset = static_cast<uint32_t>(lane) * 4;
@@ -236,7 +232,7 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
       }
       reinterpret_cast<float2*>(gap(scale_gap + lane / 16))[lane % 16] =
           make_float2(mine[0], mine[1]);
-      wait_for_copies<kStages - 2>();
+      copy_async_wait<kStages - 2>();
       __syncwarp();
       fetch_scales(raw[1]);
       fetch_codes(slot == 0 ? kStages - 1 : slot - 1);
@@ -252,7 +248,7 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
       for (int unit = 0; unit < kStepUnits; ++unit) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          load_x(x[unit % 2][half], x_of_step + unit * (kUnit * 2) + half * kUnit, g < p.m);
+          load_shared_if(x[unit % 2][half], x_of_step + unit * (kUnit * 2) + half * kUnit, g < p.m);
         }
         uint32_t words[4];  // rows g and g + 8 of the unit's first half, then of its second
         load_matrix_x4(stage + ((unit * 2 + lane / 16) ^ (matrix_row % 8)) * 16, words);
@@ -295,7 +291,7 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
     const int done_tiles = pass_tiles;
     tile_begin += pass_tiles;
     tiles_left -= pass_tiles;
-    wait_for_copies<0>();
+    copy_async_wait<0>();
     __syncwarp();
     if (tiles_left > 0) start_pass();  // loads while the sums are made
     cluster_sync(plan.cluster);
