@@ -1,0 +1,35 @@
+"""At home in Hugging Face: what extends transformers and PEFT, imported when they are.
+
+Importing this package imports neither; it asks to be called when they have been imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from qlora_native.hf.import_hook import IntegrationError, after_import
+
+# Public name: the module that defines it.
+_EXPORTS: dict[str, str] = {}
+
+# (what is imported, what runs then as "module:function").
+_HOOKS: tuple[tuple[str, str], ...] = ()
+
+__all__ = ["IntegrationError", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+for _module, _action in _HOOKS:
+    after_import(_module, _action)

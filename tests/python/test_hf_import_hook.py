@@ -1,0 +1,111 @@
+"""What is to happen after an import happens once, in either order, and never breaks the import."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from qlora_native.hf import import_hook
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A package on the path that nobody has imported; its name."""
+    (tmp_path / "awaited_library").mkdir()
+    (tmp_path / "awaited_library" / "__init__.py").write_text("__version__ = '7.8'\n")
+    (tmp_path / "awaited_library" / "part.py").write_text("value = 1\nfrom time import sleep\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(import_hook, "_failures", {})
+    yield "awaited_library.part"
+    for name in ("awaited_library", "awaited_library.part"):
+        sys.modules.pop(name, None)
+        import_hook._pending.pop(name, None)
+
+
+def test_runs_once_after_the_module_is_complete(library):
+    seen = []
+    import_hook.after_import(library, lambda: seen.append(sys.modules[library].value))
+    import awaited_library
+
+    assert seen == []
+    import awaited_library.part
+    import awaited_library.part as again
+
+    assert seen == [1]
+    assert again is awaited_library.part
+
+
+def test_runs_at_once_when_the_module_is_there(library):
+    import awaited_library.part  # noqa: F401
+
+    seen = []
+    import_hook.after_import(library, lambda: seen.append(1))
+    assert seen == [1]
+
+
+def test_all_actions_run_in_order_and_one_may_be_named(library, monkeypatch):
+    seen = []
+    monkeypatch.setattr(import_hook, "for_this_test", lambda: seen.append(2), raising=False)
+    import_hook.after_import(library, lambda: seen.append(1))
+    import_hook.after_import(library, "qlora_native.hf.import_hook:for_this_test")
+    import awaited_library.part  # noqa: F401
+
+    assert seen == [1, 2]
+
+
+def test_the_loader_is_the_one_that_would_be_there_anyway(library):
+    import_hook.after_import(library, lambda: None)
+    import awaited_library
+    import awaited_library.part
+
+    assert type(awaited_library.part.__loader__) is type(awaited_library.__loader__)
+
+
+def test_a_failing_action_warns_and_is_told_on_use(library):
+    def moved():
+        raise AttributeError("module has no attribute 'dispatch'")
+
+    import_hook.after_import(library, moved)
+    import_hook.require(library)
+    with pytest.warns(RuntimeWarning, match=r"awaited_library 7\.8: AttributeError: .*dispatch"):
+        import awaited_library.part
+    assert awaited_library.part.value == 1
+    with pytest.raises(import_hook.IntegrationError, match="Install a version of awaited_library"):
+        import_hook.require(library)
+
+
+def test_a_module_that_another_thread_is_importing_is_awaited(library, tmp_path):
+    part = tmp_path / "awaited_library" / "part.py"
+    part.write_text("import time\nstarted.set()\ntime.sleep(0.2)\nvalue = 1\n")
+    import builtins
+
+    started = builtins.started = threading.Event()
+    thread = threading.Thread(target=__import__, args=(library,))
+    try:
+        thread.start()
+        assert started.wait(10)
+        seen = []
+        import_hook.after_import(library, lambda: seen.append(sys.modules[library].value))
+        assert seen == [1]
+    finally:
+        thread.join()
+        del builtins.started
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_importing_the_package_imports_no_library():
+    loaded = run_python(
+        """
+        import sys, qlora_native
+        print([n for n in ("transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
+               if n in sys.modules])
+        """
+    )
+    assert loaded.strip() == "[]"
