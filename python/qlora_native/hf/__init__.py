@@ -11,10 +11,14 @@ from typing import Any
 from qlora_native.hf.import_hook import IntegrationError, after_import
 
 # Public name: the module that defines it.
-_EXPORTS: dict[str, str] = {}
+_EXPORTS = {
+    "QLoRANativeConfig": "qlora_native.hf.config",
+}
 
 # (what is imported, what runs then as "module:function").
-_HOOKS: tuple[tuple[str, str], ...] = ()
+_HOOKS: tuple[tuple[str, str], ...] = (
+    ("transformers.quantizers", "qlora_native.hf.quantizer:register"),
+)
 
 __all__ = ["IntegrationError", *_EXPORTS]
 

@@ -79,10 +79,7 @@ class Linear4bit(nn.Linear):
         def frozen(*shape: int) -> nn.Parameter:
             return _frozen(torch.empty(shape, dtype=torch.uint8, device=device))
 
-        packed_shape = (_checks.packed_bytes(numel),)
-        if in_features % 2 == 0:
-            packed_shape = (out_features, in_features // 2)
-        self.weight = frozen(*packed_shape)
+        self.weight = frozen(*_packed_shape(out_features, in_features))
         self.weight_absmax = frozen(blocks if double_quant else 4 * blocks)
         self.register_parameter(
             "weight_absmax2", frozen(4 * (groups + 1)) if double_quant else None
@@ -169,8 +166,8 @@ class Linear4bit(nn.Linear):
             codebook=q.codebook,
             compute_dtype=compute_dtype,
         )
-        for name, value in _state_bytes(q).items():
-            setattr(layer, name, _frozen(value.view(getattr(layer, name).shape)))
+        for name, value in state_of(q).items():
+            setattr(layer, name, _frozen(value))
         layer.bias = bias
         return layer
 
@@ -223,9 +220,8 @@ class Linear4bit(nn.Linear):
             codebook=self.codebook,
             check_finite=check_finite,
         )
-        for name, value in _state_bytes(q).items():
-            parameter = getattr(self, name)
-            parameter.copy_(value.view(parameter.shape))
+        for name, value in state_of(q).items():
+            getattr(self, name).copy_(value)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -281,7 +277,9 @@ class Linear4bit(nn.Linear):
         # A file mapped into memory may place them anywhere; copied here once, they can be viewed
         # as fp32 in every forward.
         if name != "weight" and name in _STATE and param is not None and _is_misaligned(param):
-            param = _frozen(param.detach().clone())
+            copy = _frozen(param.detach().clone())
+            copy.__dict__.update(param.__dict__)
+            param = copy
         super().register_parameter(name, param)
 
     # ---- state dict ----
@@ -363,9 +361,15 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _state_bytes(q: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of `q` as the flat uint8 tensors that a Linear4bit keeps."""
-    state = {"weight": q.packed}
+def _packed_shape(out_features: int, in_features: int) -> tuple[int, ...]:
+    if in_features % 2 == 0:
+        return (out_features, in_features // 2)
+    return (_checks.packed_bytes(out_features * in_features),)
+
+
+def state_of(q: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of `q`, a matrix, as the uint8 tensors that a Linear4bit keeps, by name."""
+    state = {"weight": q.packed.view(_packed_shape(*q.shape))}
     if q.double_quant:
         state["weight_absmax"] = q.absmax
         constants = torch.cat((q.absmax2, q.offset.reshape(1)))

@@ -1,0 +1,254 @@
+"""What transformers asks of a quantization method, for models loaded with QLoRANativeConfig.
+
+Loading builds the model on the meta device, puts 4-bit modules in place of dense ones, and packs
+each tensor as it is read: no more than the packed model and one dense tensor are in memory.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils import logging
+
+from qlora_native.hf.config import QUANT_METHOD, QLoRANativeConfig
+from qlora_native.hf.layer_kinds import KINDS, kind_of
+from qlora_native.nn.adapters import count_parameters
+
+logger = logging.get_logger("qlora_native")
+
+
+def register() -> None:
+    """Makes transformers know the method. Calling it again changes nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, QLoRANativeConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, QLoRANativeQuantizer)
+
+
+class PackOnLoad(ConversionOps):
+    """Packs a dense tensor of a checkpoint into the state of the 4-bit module it belongs to.
+
+    What goes wrong is told after loading, by name: transformers would put a traceback per tensor
+    into its log and raise an error that says none.
+    """
+
+    def __init__(self, hf_quantizer: QLoRANativeQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
+        """{full name: dense tensor} to {full name of every part: uint8 parameter}."""
+        packed: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            try:
+                packed |= _pack(model, name, tensor)
+            except ValueError as error:
+                self.hf_quantizer.errors.append(str(error))
+        return packed
+
+
+class QLoRANativeQuantizer(HfQuantizer):
+    """Loads, saves and dequantizes models whose linear layers are in 4 bits."""
+
+    requires_calibration = False
+    quantization_config: QLoRANativeConfig
+
+    def __init__(self, quantization_config: Any, **arguments: Any) -> None:
+        super().__init__(quantization_config, **arguments)
+        self.errors: list[str] = []
+
+    # ---- before loading ----
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuses what transformers cannot do.
+
+        Raises:
+            ValueError: weights are to be quantized and offloaded to the disk at once.
+        """
+        if not self.pre_quantized and isinstance(device_map, dict):
+            self._refuse_disk(device_map)
+
+    def _refuse_disk(self, device_map: dict[str, Any]) -> None:
+        modules = [
+            name or "the whole model" for name, where in device_map.items() if where == "disk"
+        ]
+        if modules:
+            # transformers would go on reading the dense tensor of the original file.
+            raise ValueError(
+                f"device_map puts {len(modules)} modules on the disk ({modules[0]}, ...), which "
+                "transformers cannot do while quantizing. Quantize once and save (qlora-native "
+                "quantize MODEL OUT, or save_pretrained), then load that with the same device_map."
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Without a device_map: the current GPU, or the CPU when there is none."""
+        if device_map is not None:
+            return device_map
+        if torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return {"": "cpu"}
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Leaves a tenth of each device for the dense tensors that pass through it."""
+        return {
+            device: value * 0.9 if isinstance(value, (int, float)) else value
+            for device, value in max_memory.items()
+        }
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per element on the device: a placeholder of a dense weight will take 4 bits."""
+        if self.param_needs_quantization(model, param_name):
+            return 0.5
+        return param.element_size()
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        skip = self.get_modules_to_not_convert(
+            model, config.modules_to_not_convert, model._keep_in_fp32_modules
+        )
+        tied = _tied_modules(model)
+        self.modules_to_not_convert = skip
+        replaced = 0
+        for name, module in list(model.named_modules()):
+            if name in tied or not should_convert_module(name, skip):
+                continue
+            layer = self._make(name, module)
+            if layer is None:
+                continue
+            model.set_submodule(name, layer)
+            replaced += 1
+            if self.pre_quantized:
+                # Uninitialized bytes are no weight: what is missing is told after loading.
+                layer._is_hf_initialized = True
+            else:
+                kind_of(layer).expect_dense(layer, _dense_dtype(model, module, dtype))
+        if not replaced:
+            logger.warning(
+                f"{type(model).__name__} has no layer to quantize outside of {sorted(skip)}"
+            )
+
+    def _make(self, name: str, module: nn.Module) -> nn.Module | None:
+        settings = self.quantization_config.layer_settings(name)
+        for kind in KINDS:
+            layer = kind.make(name, module, settings)
+            if layer is not None:
+                return layer
+        return None
+
+    # ---- while loading ----
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """Whether the parameter is the placeholder of a dense tensor to pack."""
+        if self.pre_quantized:
+            return False
+        module, tensor_name = get_module_from_name(model, param_name)
+        kind = kind_of(module)
+        return kind is not None and kind.is_dense(module, tensor_name)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation for one parameter."""
+        return PackOnLoad(self)
+
+    # ---- after loading ----
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self.errors:
+            raise ValueError("; ".join(self.errors[:5]) + ("; ..." if self.errors[5:] else ""))
+        if self.pre_quantized:
+            _require_loaded(model)
+        else:
+            self._refuse_disk(getattr(model, "hf_device_map", {}))
+            _pack_new_weights(model)
+        model.num_parameters = types.MethodType(num_parameters, model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            kind = kind_of(module)
+            if kind is not None:
+                model.set_submodule(name, kind.to_dense(module, dtype))
+        model.__dict__.pop("num_parameters", None)
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        """save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters over the model train."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile works, also inside of generate with a static cache."""
+        return True
+
+
+def num_parameters(
+    model: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """Number of parameters, a 4-bit weight counted by its elements and not by its bytes."""
+    trainable, total = count_parameters(model)
+    count = trainable if only_trainable else total
+    if not exclude_embeddings:
+        return count
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    parts = [count_parameters(module) for module in embeddings]
+    return count - sum(part[0] if only_trainable else part[1] for part in parts)
+
+
+def _pack(model: Any, name: str, value: Tensor) -> dict[str, Tensor]:
+    module, tensor_name = get_module_from_name(model, name)
+    prefix = name.removesuffix(tensor_name)
+    try:
+        state = kind_of(module).pack(module, tensor_name, value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return {prefix + key: nn.Parameter(t, requires_grad=False) for key, t in state.items()}
+
+
+def _pack_new_weights(model: Any) -> None:
+    """Packs the weights that no checkpoint had, which transformers has initialized."""
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        for tensor_name, value in list(module.named_parameters(recurse=False)):
+            if kind.is_dense(module, tensor_name):
+                for key, parameter in _pack(model, f"{name}.{tensor_name}", value.data).items():
+                    setattr(module, key.rpartition(".")[2], parameter)
+
+
+def _require_loaded(model: Any) -> None:
+    missing = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if kind_of(module) is not None
+        for key, parameter in module.named_parameters(recurse=False)
+        # What was offloaded to the disk is still on the meta device.
+        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensors of 4-bit layers, such as {missing[0]}: "
+            "it is incomplete, or config.json's quantization_config does not describe it"
+        )
+
+
+def _dense_dtype(model: Any, module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or module.weight.dtype
+
+
+def _tied_modules(model: Any) -> set[str]:
+    """Paths of the modules that share a weight with another one."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name.rpartition(".")[0] for name in (*tied.keys(), *tied.values())}
