@@ -13,6 +13,9 @@ from qlora_native.hf.import_hook import IntegrationError, after_import
 # Public name: the module that defines it.
 _EXPORTS = {
     "QLoRANativeConfig": "qlora_native.hf.config",
+    "bitsandbytes_config": "qlora_native.hf.bitsandbytes_models",
+    "save_for_bitsandbytes": "qlora_native.hf.bitsandbytes_models",
+    "use_in_place_of_bitsandbytes": "qlora_native.hf.bitsandbytes_models",
 }
 
 # (what is imported, what runs then as "module:function").

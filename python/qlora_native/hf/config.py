@@ -23,10 +23,8 @@ _ALIASES = {
     "llm_int8_skip_modules": "modules_to_not_convert",
 }
 # Options of BitsAndBytesConfig that say nothing about a 4-bit model here: those of 8-bit models,
-# the dtype that packed bytes are declared as (here always uint8), and the permission to keep
-# modules on the CPU (which here stay in 4 bits).
+# and the permission to keep modules on the CPU (which here stay in 4 bits).
 _WITHOUT_MEANING = {
-    "bnb_4bit_quant_storage",
     "llm_int8_enable_fp32_cpu_offload",
     "llm_int8_has_fp16_weight",
     "llm_int8_threshold",
@@ -72,6 +70,8 @@ class QLoRANativeConfig(QuantizationConfigMixin):
         **aliases: Any,
     ) -> None:
         require("transformers.quantizers")
+        # What packed bytes are declared as in a bitsandbytes checkpoint; here they are uint8.
+        self.quant_storage = _storage(aliases.pop("bnb_4bit_quant_storage", None))
         given = {
             "quant_type": (quant_type, "nf4"),
             "double_quant": (double_quant, True),
@@ -210,6 +210,15 @@ def _resolve(aliases: Mapping[str, Any], given: Mapping[str, tuple[Any, Any]]) -
                 f"aliases, {sorted(_ALIASES)}"
             )
     return values
+
+
+def _storage(value: torch.dtype | str | None) -> torch.dtype:
+    if value is None:
+        return torch.uint8
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"bnb_4bit_quant_storage is a dtype of torch or its name, got {value!r}")
+    return dtype
 
 
 def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:

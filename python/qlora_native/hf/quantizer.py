@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import logging
 
+from qlora_native.hf import bitsandbytes_models
 from qlora_native.hf.config import QUANT_METHOD, QLoRANativeConfig
 from qlora_native.hf.layer_kinds import KINDS, kind_of
 from qlora_native.nn.adapters import count_parameters
@@ -62,6 +63,7 @@ class QLoRANativeQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **arguments: Any) -> None:
         super().__init__(quantization_config, **arguments)
         self.errors: list[str] = []
+        self._shapes: dict[str, torch.Size] = {}
 
     # ---- before loading ----
 
@@ -103,7 +105,7 @@ class QLoRANativeQuantizer(HfQuantizer):
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element on the device: a placeholder of a dense weight will take 4 bits."""
-        if self.param_needs_quantization(model, param_name):
+        if not self.pre_quantized and self.param_needs_quantization(model, param_name):
             return 0.5
         return param.element_size()
 
@@ -128,6 +130,7 @@ class QLoRANativeQuantizer(HfQuantizer):
             if self.pre_quantized:
                 # Uninitialized bytes are no weight: what is missing is told after loading.
                 layer._is_hf_initialized = True
+                self._expect_packed(name, layer)
             else:
                 kind_of(layer).expect_dense(layer, _dense_dtype(model, module, dtype))
         if not replaced:
@@ -143,15 +146,37 @@ class QLoRANativeQuantizer(HfQuantizer):
                 return layer
         return None
 
+    def _expect_packed(self, name: str, layer: nn.Module) -> None:
+        storage = self.quantization_config.quant_storage
+        if not self._reads_bitsandbytes:
+            parts = layer.named_parameters(recurse=False)
+            self._shapes |= {f"{name}.{key}": part.shape for key, part in parts}
+        elif storage != torch.uint8:
+            bitsandbytes_models.expect_storage(layer, storage)
+
+    @property
+    def _reads_bitsandbytes(self) -> bool:
+        return self.pre_quantized and self.quantization_config.checkpoint_format == "bitsandbytes"
+
     # ---- while loading ----
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        """Whether the parameter is the placeholder of a dense tensor to pack."""
-        if self.pre_quantized:
-            return False
+        """Whether the parameter is the placeholder of a dense tensor to pack.
+
+        For a checkpoint of bitsandbytes: whether it is of a 4-bit module, for transformers does not
+        compare the shapes of such parameters, and the checkpoint's are others.
+        """
         module, tensor_name = get_module_from_name(model, param_name)
         kind = kind_of(module)
-        return kind is not None and kind.is_dense(module, tensor_name)
+        if kind is None:
+            return False
+        if self.pre_quantized:
+            return self._reads_bitsandbytes and tensor_name != "bias"
+        return kind.is_dense(module, tensor_name)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """The operations that read another format than ours."""
+        return bitsandbytes_models.weight_converters(self) if self._reads_bitsandbytes else []
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation for one parameter."""
@@ -163,7 +188,9 @@ class QLoRANativeQuantizer(HfQuantizer):
         if self.errors:
             raise ValueError("; ".join(self.errors[:5]) + ("; ..." if self.errors[5:] else ""))
         if self.pre_quantized:
-            _require_loaded(model)
+            _require_loaded(model, self._shapes)
+            if self._reads_bitsandbytes:
+                bitsandbytes_models.settle(model, self.quantization_config)
         else:
             self._refuse_disk(getattr(model, "hf_device_map", {}))
             _pack_new_weights(model)
@@ -178,6 +205,12 @@ class QLoRANativeQuantizer(HfQuantizer):
         model.__dict__.pop("num_parameters", None)
         return model
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
+        """(what save_pretrained writes, metadata of the files); None: the model's state dict."""
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            return bitsandbytes_models.bitsandbytes_state_dict(model), {}
+        return None, {}
+
     def is_serializable(self, **_: Any) -> bool:
         """save_pretrained works."""
         return True
@@ -191,6 +224,17 @@ class QLoRANativeQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """torch.compile works, also inside of generate with a static cache."""
         return True
+
+
+class BitsAndBytesQuantizer(QLoRANativeQuantizer):
+    """The same for models with a BitsAndBytesConfig, in 4 bits."""
+
+    def __init__(self, quantization_config: Any, **arguments: Any) -> None:
+        pre_quantized = arguments.get("pre_quantized", True)
+        config = QLoRANativeConfig.from_bnb(
+            quantization_config, checkpoint_format="bitsandbytes" if pre_quantized else "native"
+        )
+        super().__init__(config, **arguments)
 
 
 def num_parameters(
@@ -228,20 +272,29 @@ def _pack_new_weights(model: Any) -> None:
                     setattr(module, key.rpartition(".")[2], parameter)
 
 
-def _require_loaded(model: Any) -> None:
-    missing = [
-        f"{name}.{key}"
+def _require_loaded(model: Any, shapes: dict[str, torch.Size]) -> None:
+    advice = "it is incomplete, or config.json's quantization_config does not describe it"
+    parts = {
+        f"{name}.{key}": parameter
         for name, module in model.named_modules()
         if kind_of(module) is not None
         for key, parameter in module.named_parameters(recurse=False)
         # What was offloaded to the disk is still on the meta device.
-        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
-    ]
+        if not parameter.is_meta
+    }
+    missing = [n for n, part in parts.items() if not getattr(part, "_is_hf_initialized", False)]
     if missing:
         raise ValueError(
             f"the checkpoint lacks {len(missing)} tensors of 4-bit layers, such as {missing[0]}: "
-            "it is incomplete, or config.json's quantization_config does not describe it"
+            f"{advice}"
         )
+    # Not all versions of transformers compare shapes in a quantized model.
+    for name, part in parts.items():
+        if part.shape != shapes.get(name, part.shape):
+            raise ValueError(
+                f"the checkpoint's {name} has shape {tuple(part.shape)}, the model "
+                f"{tuple(shapes[name])}: {advice}"
+            )
 
 
 def _dense_dtype(model: Any, module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
