@@ -239,13 +239,49 @@ def test_a_weight_that_is_not_finite_is_named(llama, tmp_path, bad, double_quant
         load(tmp_path, double_quant=double_quant)
 
 
+def test_no_memory_is_told_by_the_tensor_and_ends_the_packing(llama, monkeypatch):
+    calls = []
+
+    def no_room(*_, **__):
+        calls.append(1)
+        raise torch.OutOfMemoryError("Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(layer_kinds, "quantize_4bit", no_room)
+    with pytest.raises(torch.OutOfMemoryError, match=r"down_proj.weight.*20 GiB"):
+        load(llama)
+    assert len(calls) == 1
+
+
+def test_an_observer_sees_every_tensor_and_may_answer(llama):
+    from qlora_native.hf.packing import PackObserver, observe_packing
+
+    class Keep(PackObserver):
+        def __init__(self):
+            self.kept, self.announced = {}, None
+
+        def begin(self, tensors):
+            self.announced = tensors
+
+        def pack(self, name, value, make):
+            assert value.dtype == torch.bfloat16
+            if name not in self.kept:
+                self.kept[name] = make()
+            return self.kept[name]
+
+    keep = Keep()
+    with observe_packing(keep):
+        first, second = load(llama), load(llama)
+    assert keep.announced == len(keep.kept) == len(layers(first)) == 14
+    assert first.model.layers[0].mlp.up_proj.weight is second.model.layers[0].mlp.up_proj.weight
+
+
 def test_a_weight_of_another_shape_is_named(llama, tmp_path):
     tensors = load_file(llama / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = tensors[name][:5].clone()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
-    with pytest.raises(ValueError, match=rf"{name}: .*\(5, 64\).*\(96, 64\)"):
+    with pytest.raises(ValueError, match=rf"{name} is \(5, 64\) .* \(96, 64\)"):
         load(tmp_path)
 
 

@@ -131,7 +131,7 @@ class ReadBitsandbytes(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReadBitsandbytes:
-        # transformers copies the operation for every tensor; the quantizer collects the errors.
+        # transformers copies the operation for every tensor; the quantizer collects the failures.
         return self
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ class ReadBitsandbytes(ConversionOps):
         try:
             state = self._read(module, weight, companions)
         except ValueError as error:
-            self.hf_quantizer.errors.append(f"{full_layer_name}: {error}")
+            self.hf_quantizer.failures.append(ValueError(f"{full_layer_name}: {error}"))
             return {}
         if missing_keys is not None and module.weight_absmax2 is None:
             missing_keys.discard(f"{full_layer_name}_absmax2")

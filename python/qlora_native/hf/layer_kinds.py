@@ -45,7 +45,8 @@ class LayerKind:
         """The module's state {name in the module: uint8 tensor} for a dense tensor.
 
         Raises:
-            ValueError: the tensor has NaN or infinity, or another shape than the module.
+            ValueError: the tensor has NaN or infinity, or another shape than the module; the
+                message goes on from the tensor's name.
         """
         raise NotImplementedError
 
@@ -114,7 +115,7 @@ def packed_state(module: Any, value: Tensor, shape: tuple[int, int]) -> dict[str
         ValueError: another shape, NaN or infinity.
     """
     if tuple(value.shape) != shape:
-        raise ValueError(f"the checkpoint has shape {tuple(value.shape)}, the model {shape}")
+        raise ValueError(f"is {tuple(value.shape)} in the file and {shape} by config.json")
     q = quantize_4bit(
         value,
         quant_type=module.quant_type,
@@ -130,7 +131,7 @@ def _require_finite(q: QuantizedTensor, value: Tensor) -> None:
     if bool(torch.isfinite(q.absmax2 if q.double_quant else q.absmax).all()):
         return
     bad = value.numel() - int(value.isfinite().sum())
-    raise ValueError(f"the weight {tuple(value.shape)} holds {bad} values that are NaN or infinite")
+    raise ValueError(f"{tuple(value.shape)} holds {bad} values that are NaN or infinite")
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -20,6 +20,12 @@ from transformers.utils import logging
 from qlora_native.hf import bitsandbytes_models
 from qlora_native.hf.config import QUANT_METHOD, QLoRANativeConfig
 from qlora_native.hf.layer_kinds import KINDS, kind_of
+from qlora_native.hf.packing import (
+    PackOnLoad,
+    current_observer,
+    pack_new_weights,
+    raise_first,
+)
 from qlora_native.nn.adapters import count_parameters
 
 logger = logging.get_logger("qlora_native")
@@ -31,29 +37,6 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, QLoRANativeQuantizer)
 
 
-class PackOnLoad(ConversionOps):
-    """Packs a dense tensor of a checkpoint into the state of the 4-bit module it belongs to.
-
-    What goes wrong is told after loading, by name: transformers would put a traceback per tensor
-    into its log and raise an error that says none.
-    """
-
-    def __init__(self, hf_quantizer: QLoRANativeQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
-        """{full name: dense tensor} to {full name of every part: uint8 parameter}."""
-        packed: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
-            try:
-                packed |= _pack(model, name, tensor)
-            except ValueError as error:
-                self.hf_quantizer.errors.append(str(error))
-        return packed
-
-
 class QLoRANativeQuantizer(HfQuantizer):
     """Loads, saves and dequantizes models whose linear layers are in 4 bits."""
 
@@ -62,7 +45,7 @@ class QLoRANativeQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **arguments: Any) -> None:
         super().__init__(quantization_config, **arguments)
-        self.errors: list[str] = []
+        self.failures: list[Exception] = []
         self._shapes: dict[str, torch.Size] = {}
 
     # ---- before loading ----
@@ -133,6 +116,8 @@ class QLoRANativeQuantizer(HfQuantizer):
                 self._expect_packed(name, layer)
             else:
                 kind_of(layer).expect_dense(layer, _dense_dtype(model, module, dtype))
+        if not self.pre_quantized:
+            current_observer().begin(replaced)
         if not replaced:
             logger.warning(
                 f"{type(model).__name__} has no layer to quantize outside of {sorted(skip)}"
@@ -180,20 +165,19 @@ class QLoRANativeQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation for one parameter."""
-        return PackOnLoad(self)
+        return PackOnLoad(self.failures)
 
     # ---- after loading ----
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        if self.errors:
-            raise ValueError("; ".join(self.errors[:5]) + ("; ..." if self.errors[5:] else ""))
+        raise_first(self.failures)
         if self.pre_quantized:
             _require_loaded(model, self._shapes)
             if self._reads_bitsandbytes:
                 bitsandbytes_models.settle(model, self.quantization_config)
         else:
             self._refuse_disk(getattr(model, "hf_device_map", {}))
-            _pack_new_weights(model)
+            pack_new_weights(model)
         model.num_parameters = types.MethodType(num_parameters, model)
         return model
 
@@ -248,28 +232,6 @@ def num_parameters(
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     parts = [count_parameters(module) for module in embeddings]
     return count - sum(part[0] if only_trainable else part[1] for part in parts)
-
-
-def _pack(model: Any, name: str, value: Tensor) -> dict[str, Tensor]:
-    module, tensor_name = get_module_from_name(model, name)
-    prefix = name.removesuffix(tensor_name)
-    try:
-        state = kind_of(module).pack(module, tensor_name, value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    return {prefix + key: nn.Parameter(t, requires_grad=False) for key, t in state.items()}
-
-
-def _pack_new_weights(model: Any) -> None:
-    """Packs the weights that no checkpoint had, which transformers has initialized."""
-    for name, module in model.named_modules():
-        kind = kind_of(module)
-        if kind is None:
-            continue
-        for tensor_name, value in list(module.named_parameters(recurse=False)):
-            if kind.is_dense(module, tensor_name):
-                for key, parameter in _pack(model, f"{name}.{tensor_name}", value.data).items():
-                    setattr(module, key.rpartition(".")[2], parameter)
 
 
 def _require_loaded(model: Any, shapes: dict[str, torch.Size]) -> None:
