@@ -23,6 +23,14 @@ is_traced = torch.compiler.is_dynamo_compiling
 """Whether Dynamo reads the caller: it cannot look into C++, and must find the operator."""
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """torch's linear; the result is no view, to which autograd forbids adding in place."""
+    if bias is None or x.dim() < 3 or x.numel() == 0:
+        return torch.nn.functional.linear(x, weight, bias)
+    y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
 def make(exchange_api: object) -> _C.EagerOps:
     """Return the eager operations over a table of DLPack functions; None: all go the long way."""
     return _C.EagerOps(
@@ -45,7 +53,7 @@ def make(exchange_api: object) -> _C.EagerOps:
         float_dtypes=tuple(_checks.FLOAT_DTYPES),
         uint8=torch.uint8,
         codebook=_checks.codebook,
-        linear=torch.nn.functional.linear,
+        linear=_linear,
         matmul=torch.matmul,
     )
 

@@ -168,7 +168,9 @@ def linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torc
     _checks.check_bias(bias, x, weight.rows)
     bias = None if bias is None else bias.contiguous()
     rows, row_stride = _as_rows(x, weight.cols)
-    y = x.new_empty(rows.shape[0], weight.rows)
+    # Not a view of something: autograd forbids in-place changes of those, and callers add to it.
+    out = x.new_empty(*x.shape[:-1], weight.rows)
+    y = out.view(rows.shape[0], weight.rows)
     arguments = {
         "x": rows.data_ptr(),
         "m": rows.shape[0],
@@ -181,7 +183,7 @@ def linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torc
         _C.matmul_4bit_plan, _C.matmul_4bit, weight, arguments
     ):
         _dense_linear(rows, bias, weight, y)
-    return y.view(*x.shape[:-1], weight.rows)
+    return out
 
 
 def _ran_our_product(

@@ -148,14 +148,28 @@ def _plan(model: nn.Module, skip: Sequence[str]) -> tuple[list[list[str]], list[
     return to_convert, skipped
 
 
-def _adapter_modules(model: nn.Module) -> set[int]:
-    """Ids of the modules that hold the weights of LoRA adapters."""
-    return {
-        id(module)
+def _adapter_modules(model: nn.Module) -> dict[int, str]:
+    """Modules that belong to adapters, by id, with the reason to leave them alone."""
+    found = {
+        id(module): "part of a LoRA adapter"
         for _, layer in lora_layers(model)
         for part in (layer.lora_A, layer.lora_B)
         for module in part.values()
     }
+    for module in model.modules():
+        if _is_peft_layer(module):
+            # The base layer too: the adapter was made for a dense one, and merges into that.
+            reason = "in an adapter of PEFT: quantize first, then add adapters"
+            found |= dict.fromkeys(map(id, module.modules()), reason)
+    return found
+
+
+def _is_peft_layer(module: nn.Module) -> bool:
+    # By name: PEFT is optional, and must not be imported to be asked.
+    return any(
+        kind.__name__ == "BaseTunerLayer" and kind.__module__.startswith("peft.")
+        for kind in type(module).__mro__
+    )
 
 
 def _require_unmerged_bases(model: nn.Module, to_convert: set[str]) -> None:
@@ -174,13 +188,13 @@ def _reason_to_skip(
     module: nn.Module,
     skip: Sequence[str],
     owners: dict[int, list[str]],
-    adapters: set[int],
+    adapters: dict[int, str],
 ) -> str | None:
     entry = next((entry for entry in skip if f".{entry}." in f".{name}."), None)
     if entry is not None:
         return f"named by skip={entry!r}"
     if id(module) in adapters:
-        return "part of a LoRA adapter"
+        return adapters[id(module)]
     if isinstance(module, Linear4bit):
         return "already quantized"
     if not isinstance(module, nn.Linear):

@@ -12,15 +12,18 @@ from qlora_native.hf.import_hook import IntegrationError, after_import
 
 # Public name: the module that defines it.
 _EXPORTS = {
+    "LoftqReport": "qlora_native.hf.peft_init",
     "QLoRANativeConfig": "qlora_native.hf.config",
     "bitsandbytes_config": "qlora_native.hf.bitsandbytes_models",
     "save_for_bitsandbytes": "qlora_native.hf.bitsandbytes_models",
     "use_in_place_of_bitsandbytes": "qlora_native.hf.bitsandbytes_models",
+    "init_loftq": "qlora_native.hf.peft_init",
 }
 
 # (what is imported, what runs then as "module:function").
 _HOOKS: tuple[tuple[str, str], ...] = (
     ("transformers.quantizers", "qlora_native.hf.quantizer:register"),
+    ("peft", "qlora_native.hf.peft_hooks:install"),
 )
 
 __all__ = ["IntegrationError", *_EXPORTS]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_native.nn.adapted import LowRank, adapted_linear
 from qlora_native.nn.linear import Linear4bit
 
 # Under this key a state dict's metadata says which adapters its base weight contains.
@@ -169,23 +169,18 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]."""
-        base_layer = self.base_layer
-        y = base_layer(x)
-        if not self.adapters_enabled or self.merged_adapters or not self.active_adapters:
-            return y
-        compute_dtype = getattr(base_layer, "compute_dtype", None)
-        if compute_dtype is not None:
-            x = x.to(compute_dtype)
-        lora_A, lora_B, lora_dropout = self.lora_A, self.lora_B, self.lora_dropout
-        for name in self.active_adapters:
-            # Cast to the activations' dtype: fp32 masters must not pull the products into fp32.
-            a = lora_A[name].weight.to(x.dtype)
-            b = lora_B[name].weight.to(x.dtype)
-            dropout = lora_dropout[name]
-            dropped = x if type(dropout) is nn.Identity else dropout(x)
-            update = F.linear(F.linear(dropped, a), b)
-            y = y + (update * self.settings[name].scaling).to(y.dtype)
-        return y
+        adapters = ()
+        if self.adapters_enabled and not self.merged_adapters:
+            adapters = [
+                LowRank(
+                    self.lora_A[name].weight,
+                    self.lora_B[name].weight,
+                    self.settings[name].scaling,
+                    self.lora_dropout[name],
+                )
+                for name in self.active_adapters
+            ]
+        return adapted_linear(self.base_layer, x, adapters)
 
     def delta_weight(self, names: str | Sequence[str]) -> Tensor:
         """The fp32 sum over the adapters of scaling * B A: [out_features, in_features]."""
