@@ -20,7 +20,7 @@ from torch import nn
 from qlora_native.hf.peft_dense import dense_copy
 from qlora_native.hf.peft_lora import Linear
 from qlora_native.hf.peft_tuners import create_and_replace_over_4bit, refuse_untried
-from qlora_native.nn import Linear4bit, prepare_for_training
+from qlora_native.nn import Linear4bit, count_parameters, prepare_for_training
 
 _MARK = "_qlora_native_original"
 
@@ -44,6 +44,7 @@ def install() -> None:
     initialize, inject_adapter = BaseTuner.__init__, BaseTuner.inject_adapter
     update_copy = peft_other.ModulesToSaveWrapper.update
     prepare = peft_other.prepare_model_for_kbit_training
+    count = peft.PeftModel.get_nb_trainable_parameters
 
     @functools.wraps(dispatch_default)
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
@@ -85,6 +86,11 @@ def install() -> None:
             original.requires_grad_(False)
             self._modules["original_module"] = original
 
+    @functools.wraps(count)
+    def count_elements(self: peft.PeftModel) -> tuple[int, int]:
+        # Of packed bytes, PEFT would count half as many as there are weights.
+        return count_parameters(self) if _has_4bit_layers(self) else count(self)
+
     @functools.wraps(prepare)
     def prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         prepared = prepare(model, *args, **kwargs)
@@ -95,6 +101,7 @@ def install() -> None:
     BaseTuner.__init__ = _marked(init, initialize)
     BaseTuner.inject_adapter = _marked(inject, inject_adapter)
     peft_other.ModulesToSaveWrapper.update = _marked(update, update_copy)
+    peft.PeftModel.get_nb_trainable_parameters = _marked(count_elements, count)
     for module in (peft_other, peft.utils, peft):
         _replace(module, prepare, _marked(prepare_model, prepare))
 
@@ -107,9 +114,13 @@ def _checkpoint_as_asked(model: nn.Module, call: inspect.BoundArguments) -> None
         or not call.arguments["use_gradient_checkpointing"]
     ):
         return
-    if any(isinstance(module, Linear4bit) for module in model.modules()):
+    if _has_4bit_layers(model):
         options = call.arguments["gradient_checkpointing_kwargs"] or {}
         prepare_for_training(model, use_reentrant=options.get("use_reentrant", True))
+
+
+def _has_4bit_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
 def _require_parameters(function: Any, *names: str) -> None:
