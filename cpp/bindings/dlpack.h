@@ -43,6 +43,17 @@ struct Tensor {
 static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, dtype) == 20 &&
               offsetof(Tensor, byte_offset) == 40);
 
+/// A tensor with who owns its memory: what a capsule holds whose consumer takes it over.
+struct ManagedTensor {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+};
+static_assert(sizeof(ManagedTensor) == 64);
+
+/// The name of its capsule, until it is taken over.
+inline constexpr const char* kTensorCapsule = "dltensor";
+
 struct ExchangeApiHeader {
   uint32_t major_version;
   uint32_t minor_version;

@@ -64,4 +64,5 @@ NB_MODULE(_C, m) {
   bind_kernels(m);
   bind_ops(m);
   bind_eager(m);
+  bind_memory(m);
 }

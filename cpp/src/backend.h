@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "paged_driver.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/device.h"
 #include "qlora_native/kernels.h"
@@ -20,6 +21,7 @@ struct Backend {
   KernelTable<DequantizeArgs> dequantize;
   KernelTable<MatmulArgs> matmul;
   KernelTable<MatmulTransposedArgs> matmul_transposed;
+  PagedMemoryTable paged_memory;
   /// The usable devices of this type; empty when there is none. Does not throw.
   std::vector<DeviceInfo> (*list_devices)();
   /// Why `list_devices` is empty, or "".

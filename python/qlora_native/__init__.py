@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_native import hf, kernels, nn
+from qlora_native import hf, kernels, memory, nn
 from qlora_native._C import CudaError, __version__, cuda_unavailable_reason, list_devices
 from qlora_native.checkpoint import load_adapter, save_adapter
 from qlora_native.convert import quantize_model
@@ -29,6 +29,7 @@ __all__ = [
     "linear_4bit",
     "list_devices",
     "load_adapter",
+    "memory",
     "merge_lora",
     "nn",
     "prepare_for_training",

@@ -1,7 +1,14 @@
 // Takes the place of cuda/backend.cpp in a build without CUDA.
 #include "backend.h"
 
+#include "qlora_native/error.h"
+
 namespace qlora_native::cuda {
+namespace {
+
+std::string missing() { return "this build of qlora_native has no CUDA backend"; }
+
+}  // namespace
 
 const Backend& backend() {
   static const Backend backend{
@@ -10,9 +17,13 @@ const Backend& backend() {
       .dequantize = {},
       .matmul = {},
       .matmul_transposed = {},
+      .paged_memory = {
+          .choose_backing = [](Device) -> BackingChoice { throw InvalidArgument(missing()); },
+          .make_driver = [](Device, Backing) -> std::unique_ptr<PagedDriver> {
+            throw InvalidArgument(missing());
+          }},
       .list_devices = [] { return std::vector<DeviceInfo>{}; },
-      .unavailable_reason =
-          [] { return std::string("this build of qlora_native has no CUDA backend"); },
+      .unavailable_reason = missing,
   };
   return backend;
 }

@@ -1,0 +1,60 @@
+// Paged memory of the CPU: aligned memory that the operating system pages; nothing to move.
+#include <cstdlib>
+
+#include "cpu/kernels.h"
+#include "paged_driver.h"
+#include "qlora_native/error.h"
+
+namespace qlora_native::cpu {
+namespace {
+
+class HostDriver final : public PagedDriver {
+ public:
+  Backing backing() const override { return Backing::kHost; }
+
+  void* allocate_region(int64_t size_bytes) override {
+    void* const data = std::aligned_alloc(kPagedAlignment, static_cast<size_t>(size_bytes));
+    if (data == nullptr) {
+      throw OutOfMemory("the system has no region of " + std::to_string(size_bytes) + " bytes");
+    }
+    return data;
+  }
+  void free_region(void* data) noexcept override { std::free(data); }
+
+  // Work on the CPU is over when its call returns: there is no order to keep.
+  Stream to_device_stream() override { return Stream::none(); }
+  Stream to_host_stream() override { return Stream::none(); }
+  bool is_capturing(Stream) override { return false; }
+  PagedEvent record(Stream) override { return nullptr; }
+  void wait(Stream, const PagedEvent&) override {}
+  bool is_done(const PagedEvent&) override { return true; }
+  void wait_on_host(const PagedEvent&) override {}
+
+  void* allocate_staging(int64_t) override { refuse(); }
+  void free_staging(void*) noexcept override {}
+  void move_to_device(PagedRange) override { refuse(); }
+  void move_to_host(PagedRange) override { refuse(); }
+  void copy_to_device(void*, const void*, int64_t) override { refuse(); }
+  void copy_to_host(void*, const void*, int64_t) override { refuse(); }
+
+ private:
+  [[noreturn]] static void refuse() { throw Error("the CPU moves no paged memory"); }
+};
+
+void check_device(Device device) {
+  if (device.index != 0) throw InvalidArgument("there is no CPU " + std::to_string(device.index));
+}
+
+}  // namespace
+
+BackingChoice choose_backing(Device device) {
+  check_device(device);
+  return {Backing::kHost, "the CPU's own memory, which the operating system pages"};
+}
+
+std::unique_ptr<PagedDriver> make_paged_driver(Device device, Backing) {
+  check_device(device);
+  return std::make_unique<HostDriver>();
+}
+
+}  // namespace qlora_native::cpu

@@ -1,0 +1,291 @@
+#include "staging_cache.h"
+
+#include <algorithm>
+#include <iterator>
+#include <string>
+
+#include "qlora_native/error.h"
+
+namespace qlora_native {
+namespace {
+
+std::string text_of(PagedRange range) {
+  return std::to_string(range.size_bytes) + " bytes at " +
+         std::to_string(reinterpret_cast<uintptr_t>(range.data));
+}
+
+char* begin_of(PagedRange range) { return static_cast<char*>(range.data); }
+char* end_of(PagedRange range) { return begin_of(range) + range.size_bytes; }
+
+}  // namespace
+
+StagingCache::StagingCache(PagedDriver& driver, int64_t budget_bytes)
+    : driver_(driver), arena_bytes_(budget_bytes / kPagedAlignment * kPagedAlignment) {}
+
+StagingCache::~StagingCache() {
+  // The driver frees it after the copies that use it.
+  if (arena_ != nullptr) driver_.free_staging(arena_);
+}
+
+void StagingCache::take_arena() {
+  if (arena_ != nullptr) return;
+  auto* const arena = static_cast<char*>(driver_.allocate_staging(arena_bytes_));
+  try {
+    places_.add_region(arena, arena_bytes_);
+  } catch (...) {
+    driver_.free_staging(arena);
+    throw;
+  }
+  arena_ = arena;
+}
+
+StagingCache::Entries::iterator StagingCache::containing(PagedRange range) {
+  const auto next = entries_.upper_bound(begin_of(range));
+  if (next == entries_.begin()) return entries_.end();
+  const auto entry = std::prev(next);
+  return end_of(range) <= entry->first + entry->second.size_bytes ? entry : entries_.end();
+}
+
+std::vector<StagingCache::Entries::iterator> StagingCache::overlapping(PagedRange range) {
+  std::vector<Entries::iterator> found;
+  auto entry = entries_.upper_bound(begin_of(range));
+  if (entry != entries_.begin()) {
+    const auto previous = std::prev(entry);
+    if (previous->first + previous->second.size_bytes > begin_of(range)) entry = previous;
+  }
+  for (; entry != entries_.end() && entry->first < end_of(range); ++entry) found.push_back(entry);
+  return found;
+}
+
+void StagingCache::erase(Entries::iterator position) {
+  Entry& entry = position->second;
+  places_.free(entry.place, RegionAllocator::rounded(entry.size_bytes));
+  resident_bytes_ -= entry.size_bytes;
+  recency_.erase(entry.recency);
+  entries_.erase(position);
+}
+
+void StagingCache::vacate(Entries::iterator position, bool is_discarded) {
+  Entry& entry = position->second;
+  const Stream stream = driver_.to_host_stream();
+  if (entry.ready) driver_.wait(stream, entry.ready);
+  for (const Use& use : entry.uses) driver_.wait(stream, use.event);
+  if (entry.is_dirty && !is_discarded) {
+    driver_.copy_to_host(position->first, entry.place, entry.size_bytes);
+    // Whatever fails from here on, the bytes were sent.
+    entry.is_dirty = false;
+    bytes_to_host_ += entry.size_bytes;
+  }
+  vacated_ = driver_.record(stream);
+  erase(position);
+  evictions_ += is_discarded ? 0 : 1;
+}
+
+char* StagingCache::make_place(int64_t size_bytes, bool spares_wishes) {
+  const int64_t rounded = RegionAllocator::rounded(size_bytes);
+  const auto victim = [&](bool spares) {
+    return std::find_if(recency_.begin(), recency_.end(), [&](char* host) {
+      const Entry& entry = entries_.at(host);
+      return entry.acquired == 0 && !(spares && entry.wish == wish_);
+    });
+  };
+  for (;;) {
+    if (char* const place = places_.allocate(rounded)) return place;
+    auto host = victim(true);
+    if (host == recency_.end() && !spares_wishes) host = victim(false);
+    if (host == recency_.end()) return nullptr;
+    vacate(entries_.find(*host));
+  }
+}
+
+StagingCache::Entries::iterator StagingCache::insert(PagedRange range, bool with_bytes,
+                                                     bool spares_wishes) {
+  if (range.size_bytes > arena_bytes_) return entries_.end();
+  take_arena();
+  // The order of what follows: whatever throws leaves no entry behind.
+  Entries made;
+  Entry& entry = made[begin_of(range)];
+  std::list<char*> recency{begin_of(range)};
+  entry.size_bytes = range.size_bytes;
+  entry.place = make_place(range.size_bytes, spares_wishes);
+  if (entry.place == nullptr) return entries_.end();
+  entry.ready = vacated_;
+  if (with_bytes) {
+    try {
+      const Stream stream = driver_.to_device_stream();
+      if (vacated_) driver_.wait(stream, vacated_);
+      driver_.copy_to_device(entry.place, range.data, range.size_bytes);
+      entry.ready = driver_.record(stream);
+    } catch (...) {
+      places_.free(entry.place, RegionAllocator::rounded(range.size_bytes));
+      throw;
+    }
+    entry.is_filled = true;
+    bytes_to_device_ += range.size_bytes;
+  }
+  entry.recency = recency.begin();
+  recency_.splice(recency_.end(), recency);
+  resident_bytes_ += range.size_bytes;
+  return entries_.insert(made.extract(made.begin())).position;
+}
+
+void* StagingCache::acquire_one(PagedRange range, Access access, Stream stream) {
+  auto position = containing(range);
+  if (position == entries_.end()) {
+    for (const auto& other : overlapping(range)) {
+      if (other->second.acquired > 0) {
+        throw InvalidArgument(
+            "acquire: the range of " + text_of(range) + " overlaps the acquired one of " +
+            text_of({other->first, other->second.size_bytes}) + " without being part of it");
+      }
+      vacate(other);
+    }
+    position = insert(range, access != Access::kWrite, /*spares_wishes=*/false);
+    if (position == entries_.end()) {
+      throw OutOfMemory("acquire: no room for " + std::to_string(range.size_bytes) +
+                        " bytes in the staging cache of " + std::to_string(arena_bytes_) +
+                        " bytes beside what is acquired");
+    }
+  }
+  Entry& entry = position->second;
+  ++entry.acquired;
+  try {
+    if (entry.ready) driver_.wait(stream, entry.ready);
+    for (const Use& use : entry.uses) {
+      if (use.stream.handle() != stream.handle()) driver_.wait(stream, use.event);
+    }
+  } catch (...) {
+    undo_acquire(position);
+    throw;
+  }
+  entry.wish = 0;
+  recency_.splice(recency_.end(), recency_, entry.recency);
+  return entry.place + (begin_of(range) - position->first);
+}
+
+void StagingCache::undo_acquire(Entries::iterator position) {
+  --position->second.acquired;
+  // Nobody has used the place since it was free: it needs no event to be free again.
+  if (position->second.acquired == 0 && !position->second.is_filled) erase(position);
+}
+
+void StagingCache::acquire(std::span<const PagedRange> ranges, Access access,
+                           std::span<void*> addresses, Stream stream) {
+  if (driver_.is_capturing(stream)) {
+    throw Unsupported(
+        "acquire: copies of the pinned backing cannot be captured in a graph; acquire outside of "
+        "it, or use the managed backing");
+  }
+  size_t count = 0;
+  try {
+    for (; count < ranges.size(); ++count) {
+      const PagedRange& range = ranges[count];
+      addresses[count] = range.size_bytes == 0 ? range.data : acquire_one(range, access, stream);
+    }
+  } catch (...) {
+    for (size_t i = 0; i < count; ++i) {
+      if (ranges[i].size_bytes > 0) undo_acquire(containing(ranges[i]));
+    }
+    throw;
+  }
+  if (access != Access::kRead) {
+    for (const PagedRange& range : ranges) {
+      if (range.size_bytes > 0) containing(range)->second.is_dirty = true;
+    }
+  }
+  if (plan_.is_over()) return;
+  plan_.advance(ranges);
+  plan_.mark_brought(bring(plan_.beyond()));
+}
+
+StagingCache::Entries::iterator StagingCache::acquired_entry(PagedRange range) {
+  const auto position = containing(range);
+  if (position == entries_.end() || position->second.acquired == 0) {
+    throw InvalidArgument("release: the range of " + text_of(range) + " is not acquired");
+  }
+  return position;
+}
+
+void StagingCache::release(std::span<const PagedRange> ranges, Stream stream) {
+  for (const PagedRange& range : ranges) {
+    if (range.size_bytes > 0) acquired_entry(range);
+  }
+  const PagedEvent event = driver_.record(stream);
+  for (const PagedRange& range : ranges) {
+    if (range.size_bytes == 0) continue;
+    Entry& entry = acquired_entry(range)->second;
+    const auto use = std::find_if(entry.uses.begin(), entry.uses.end(), [&](const Use& other) {
+      return other.stream.handle() == stream.handle();
+    });
+    if (use == entry.uses.end()) {
+      entry.uses.push_back({stream, event});
+    } else {
+      use->event = event;
+    }
+    entry.ready = nullptr;
+    entry.is_filled = true;
+    --entry.acquired;
+  }
+}
+
+size_t StagingCache::bring(std::span<const PagedRange> ranges) {
+  size_t count = 0;
+  for (; count < ranges.size(); ++count) {
+    const PagedRange& range = ranges[count];
+    if (range.size_bytes == 0) continue;
+    auto position = containing(range);
+    if (position == entries_.end()) {
+      // A part is there already, with other bounds: left to the acquire, which may have to refuse.
+      if (!overlapping(range).empty()) continue;
+      position = insert(range, /*with_bytes=*/true, /*spares_wishes=*/true);
+      if (position == entries_.end()) break;
+      ++prefetches_;
+    }
+    position->second.wish = wish_;
+  }
+  return count;
+}
+
+void StagingCache::prefetch(std::span<const PagedRange> ranges) {
+  ++wish_;
+  bring(ranges);
+}
+
+void StagingCache::plan(std::span<const PagedRange> ranges) {
+  ++wish_;
+  plan_.assign(ranges);
+  plan_.mark_brought(bring(plan_.beyond()));
+}
+
+void StagingCache::evict(std::span<const PagedRange> ranges, Stream stream) {
+  driver_.wait(driver_.to_host_stream(), driver_.record(stream));
+  for (const PagedRange& range : ranges) {
+    for (const auto& position : overlapping(range)) {
+      if (position->second.acquired == 0) vacate(position);
+    }
+  }
+}
+
+void StagingCache::show_to_host(PagedRange range, Stream stream) {
+  // The copies end: the host may write, which the pool cannot see.
+  for (const auto& position : overlapping(range)) vacate(position);
+  driver_.wait_on_host(driver_.record(stream));
+  if (vacated_) driver_.wait_on_host(vacated_);
+}
+
+PagedEvent StagingCache::forget(PagedRange range) {
+  plan_.drop(range);
+  for (const auto& position : overlapping(range)) vacate(position, /*is_discarded=*/true);
+  return vacated_;
+}
+
+void StagingCache::add_to(PagedPoolStats* stats) const {
+  stats->device_resident_bytes = resident_bytes_;
+  stats->device_reserved_bytes = arena_ == nullptr ? 0 : arena_bytes_;
+  stats->prefetches = prefetches_;
+  stats->evictions = evictions_;
+  stats->bytes_to_device = bytes_to_device_;
+  stats->bytes_to_host = bytes_to_host_;
+}
+
+}  // namespace qlora_native
