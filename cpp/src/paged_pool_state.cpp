@@ -177,20 +177,26 @@ void PagedPoolState::deallocate_quietly(void* data, Stream stream) noexcept {
   }
 }
 
-/// Makes deallocated memory free whose last use is over.
-void PagedPoolState::collect() {
-  const auto is_over = [&](Pending& pending) {
+bool PagedPoolState::is_over(Pending& pending) {
+  try {
     if (!pending.is_recorded) {
       if (driver_->is_capturing(pending.stream)) return false;
       pending.used = driver_->record(pending.stream);
       pending.is_recorded = true;
     }
-    if (pending.used && !driver_->is_done(pending.used)) return false;
-    pending.used = nullptr;
-    if (pending.moved && !driver_->is_done(pending.moved)) return false;
-    pending.moved = nullptr;
+    for (PagedEvent* event : {&pending.used, &pending.moved}) {
+      if (*event && !driver_->is_done(*event)) return false;
+      *event = nullptr;
+    }
     return true;
-  };
+  } catch (const Error&) {
+    // Nobody asked for this memory: whoever asks the device for something next is told.
+    return false;
+  }
+}
+
+/// Makes deallocated memory free whose last use is over.
+void PagedPoolState::collect() {
   for (size_t i = 0; i < pending_.size();) {
     if (!is_over(pending_[i])) {
       ++i;

@@ -66,6 +66,7 @@ class PagedPoolState {
 
   char* take(int64_t rounded_bytes);
   void add_region(int64_t rounded_bytes);
+  bool is_over(Pending& pending);
   void collect();
   void return_regions(int kept);
   std::string describe() const;

@@ -65,20 +65,22 @@ void StagingCache::erase(Entries::iterator position) {
   entries_.erase(position);
 }
 
-void StagingCache::vacate(Entries::iterator position, bool is_discarded) {
-  Entry& entry = position->second;
+void StagingCache::vacate(std::span<const Entries::iterator> positions, bool is_discarded) {
+  if (positions.empty()) return;
   const Stream stream = driver_.to_host_stream();
-  if (entry.ready) driver_.wait(stream, entry.ready);
-  for (const Use& use : entry.uses) driver_.wait(stream, use.event);
-  if (entry.is_dirty && !is_discarded) {
+  for (const auto& position : positions) {
+    Entry& entry = position->second;
+    if (entry.ready) driver_.wait(stream, entry.ready);
+    for (const Use& use : entry.uses) driver_.wait(stream, use.event);
+    if (!entry.is_dirty || is_discarded) continue;
     driver_.copy_to_host(position->first, entry.place, entry.size_bytes);
     // Whatever fails from here on, the bytes were sent.
     entry.is_dirty = false;
     bytes_to_host_ += entry.size_bytes;
   }
   vacated_ = driver_.record(stream);
-  erase(position);
-  evictions_ += is_discarded ? 0 : 1;
+  for (const auto& position : positions) erase(position);
+  if (!is_discarded) evictions_ += static_cast<int64_t>(positions.size());
 }
 
 char* StagingCache::make_place(int64_t size_bytes, bool spares_wishes) {
@@ -94,7 +96,8 @@ char* StagingCache::make_place(int64_t size_bytes, bool spares_wishes) {
     auto host = victim(true);
     if (host == recency_.end() && !spares_wishes) host = victim(false);
     if (host == recency_.end()) return nullptr;
-    vacate(entries_.find(*host));
+    const Entries::iterator position = entries_.find(*host);
+    vacate({&position, 1});
   }
 }
 
@@ -102,6 +105,11 @@ StagingCache::Entries::iterator StagingCache::insert(PagedRange range, bool with
                                                      bool spares_wishes) {
   if (range.size_bytes > arena_bytes_) return entries_.end();
   take_arena();
+  if (has_stray_copy_) {
+    driver_.wait(driver_.to_host_stream(), driver_.record(driver_.to_device_stream()));
+    vacated_ = driver_.record(driver_.to_host_stream());
+    has_stray_copy_ = false;
+  }
   // The order of what follows: whatever throws leaves no entry behind.
   Entries made;
   Entry& entry = made[begin_of(range)];
@@ -115,7 +123,9 @@ StagingCache::Entries::iterator StagingCache::insert(PagedRange range, bool with
       const Stream stream = driver_.to_device_stream();
       if (vacated_) driver_.wait(stream, vacated_);
       driver_.copy_to_device(entry.place, range.data, range.size_bytes);
+      has_stray_copy_ = true;
       entry.ready = driver_.record(stream);
+      has_stray_copy_ = false;
     } catch (...) {
       places_.free(entry.place, RegionAllocator::rounded(range.size_bytes));
       throw;
@@ -132,14 +142,15 @@ StagingCache::Entries::iterator StagingCache::insert(PagedRange range, bool with
 void* StagingCache::acquire_one(PagedRange range, Access access, Stream stream) {
   auto position = containing(range);
   if (position == entries_.end()) {
-    for (const auto& other : overlapping(range)) {
+    const std::vector<Entries::iterator> others = overlapping(range);
+    for (const auto& other : others) {
       if (other->second.acquired > 0) {
         throw InvalidArgument(
             "acquire: the range of " + text_of(range) + " overlaps the acquired one of " +
             text_of({other->first, other->second.size_bytes}) + " without being part of it");
       }
-      vacate(other);
     }
+    vacate(others);
     position = insert(range, access != Access::kWrite, /*spares_wishes=*/false);
     if (position == entries_.end()) {
       throw OutOfMemory("acquire: no room for " + std::to_string(range.size_bytes) +
@@ -182,20 +193,20 @@ void StagingCache::acquire(std::span<const PagedRange> ranges, Access access,
       const PagedRange& range = ranges[count];
       addresses[count] = range.size_bytes == 0 ? range.data : acquire_one(range, access, stream);
     }
+    if (!plan_.is_over()) {
+      plan_.advance(ranges);
+      plan_.mark_brought(bring(plan_.beyond()));
+    }
   } catch (...) {
     for (size_t i = 0; i < count; ++i) {
       if (ranges[i].size_bytes > 0) undo_acquire(containing(ranges[i]));
     }
     throw;
   }
-  if (access != Access::kRead) {
-    for (const PagedRange& range : ranges) {
-      if (range.size_bytes > 0) containing(range)->second.is_dirty = true;
-    }
+  if (access == Access::kRead) return;
+  for (const PagedRange& range : ranges) {
+    if (range.size_bytes > 0) containing(range)->second.is_dirty = true;
   }
-  if (plan_.is_over()) return;
-  plan_.advance(ranges);
-  plan_.mark_brought(bring(plan_.beyond()));
 }
 
 StagingCache::Entries::iterator StagingCache::acquired_entry(PagedRange range) {
@@ -260,22 +271,22 @@ void StagingCache::plan(std::span<const PagedRange> ranges) {
 void StagingCache::evict(std::span<const PagedRange> ranges, Stream stream) {
   driver_.wait(driver_.to_host_stream(), driver_.record(stream));
   for (const PagedRange& range : ranges) {
-    for (const auto& position : overlapping(range)) {
-      if (position->second.acquired == 0) vacate(position);
-    }
+    std::vector<Entries::iterator> positions = overlapping(range);
+    std::erase_if(positions, [](const auto& position) { return position->second.acquired > 0; });
+    vacate(positions);
   }
 }
 
 void StagingCache::show_to_host(PagedRange range, Stream stream) {
   // The copies end: the host may write, which the pool cannot see.
-  for (const auto& position : overlapping(range)) vacate(position);
+  vacate(overlapping(range));
   driver_.wait_on_host(driver_.record(stream));
   if (vacated_) driver_.wait_on_host(vacated_);
 }
 
 PagedEvent StagingCache::forget(PagedRange range) {
   plan_.drop(range);
-  for (const auto& position : overlapping(range)) vacate(position, /*is_discarded=*/true);
+  vacate(overlapping(range), /*is_discarded=*/true);
   return vacated_;
 }
 

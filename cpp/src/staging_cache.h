@@ -64,8 +64,8 @@ class StagingCache final : public PagedMover {
   char* make_place(int64_t size_bytes, bool spares_wishes);
   /// Makes a copy of `range`, of which no part has one; the end when there is no room.
   Entries::iterator insert(PagedRange range, bool with_bytes, bool spares_wishes);
-  /// Ends a copy, written back if it is dirty, and not discarded.
-  void vacate(Entries::iterator position, bool is_discarded = false);
+  /// Ends copies: all, or, when it throws, none. Dirty ones are written back unless discarded.
+  void vacate(std::span<const Entries::iterator> positions, bool is_discarded = false);
   void erase(Entries::iterator position);
 
   void* acquire_one(PagedRange range, Access access, Stream stream);
@@ -81,6 +81,7 @@ class StagingCache final : public PagedMover {
   Entries entries_;
   std::list<char*> recency_;  ///< the least recently used first
   PagedEvent vacated_;
+  bool has_stray_copy_ = false;  ///< one to the device failed after it was queued
   AcquirePlan plan_;
   uint64_t wish_ = 1;  ///< the number of the present plan or prefetch
   int64_t resident_bytes_ = 0;

@@ -3,10 +3,10 @@
 A pool makes tensors out of a few large regions of memory that can leave the GPU. Its backing says
 how they come and go:
 
-* "managed": unified memory. The tensors are CUDA tensors like any other; the pool moves pages in bulk
-  (`PagedPool.prefetch`, `PagedPool.evict`), the driver moves whatever nobody asked for.
-* "pinned": pinned host memory. The tensors are CPU tensors; work on the device sees copies of them in a
-  staging cache of a fixed size (`PagedPool.acquired`): a hard bound on device memory.
+* "managed": unified memory. The tensors are CUDA tensors like any other; the pool moves pages in
+  bulk (`PagedPool.prefetch`, `PagedPool.evict`), the driver moves whatever nobody asked for.
+* "pinned": pinned host memory. The tensors are CPU tensors; work on the device sees copies of them
+  in a staging cache of a fixed size (`PagedPool.acquired`): a hard bound on device memory.
 * "host": the CPU's memory, for pools of the CPU, which the operating system pages.
 
 Nothing here waits for the device, except `PagedPool.synchronize_to_host` and freed regions.
@@ -52,9 +52,12 @@ def _indexed(device: torch.device | str | int | None) -> torch.device:
     if device is None:
         device = "cpu" if _C.cuda_unavailable_reason() else "cuda"
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    if device.type != "cuda" or device.index is not None:
+        return device
+    obstacle = _C.cuda_unavailable_reason()
+    if obstacle:
+        raise ValueError(f"no paged memory on {device}: {obstacle}")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def automatic_backing(device: torch.device | str | int | None = None) -> tuple[str, str]:
@@ -65,17 +68,17 @@ def automatic_backing(device: torch.device | str | int | None = None) -> tuple[s
 class PagedPool:
     """Makes tensors of paged memory.
 
-    The memory of a tensor returns to the pool when the last tensor that shares it dies, and the pool's
-    regions to the system when neither the pool nor a tensor of it is left. Until then one region
-    without tensors is kept for reuse (`trim`). A pool may be used from several threads; a forked child
-    makes its own.
+    The memory of a tensor returns to the pool when the last tensor that shares it dies, and the
+    pool's regions to the system when neither the pool nor a tensor of it is left. Until then one
+    region without tensors is kept for reuse (`trim`). A pool may be used from several threads; a
+    forked child makes its own.
 
     Args:
         device: where the tensors are worked on; None: the current GPU, or the CPU without one.
-        backing: "auto", "managed", "pinned", or "host"; see the module. A pool of the CPU has "host",
-            whichever is asked for.
-        device_budget: bytes of device memory of the pinned backing's staging cache. Movement overlaps
-            work in both directions when the ranges of a plan are an eighth of it or less.
+        backing: "auto", "managed", "pinned", or "host"; see the module. A pool of the CPU has
+            "host", whichever is asked for.
+        device_budget: bytes of device memory of the pinned backing's staging cache. Movement
+            overlaps work in both directions when the ranges of a plan are an eighth of it or less.
         region_bytes: tensors share regions of this size; a larger one has a region of its own.
 
     Raises:
@@ -113,16 +116,14 @@ class PagedPool:
         """The pool as the extension module takes it."""
         return self._pool
 
-    def empty(
-        self, shape: Sequence[int] | int, dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
+    def empty(self, shape: Sequence[int] | int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return an uninitialized, contiguous tensor.
 
         It is used on the stream that is current now, or on the CPU; on others the caller orders its
         death as its other uses. A tensor without elements has no memory, and none of the pool's.
 
         Raises:
-            MemoryError: there is no memory for it; says how much was asked for, and the pool's state.
+            MemoryError: there is no memory for it; names the size and the state of the pool.
             TypeError: `dtype` is not supported.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -141,9 +142,7 @@ class PagedPool:
         )
         return torch.from_dlpack(capsule)
 
-    def zeros(
-        self, shape: Sequence[int] | int, dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
+    def zeros(self, shape: Sequence[int] | int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return a tensor of zeros; see `empty`."""
         return self.empty(shape, dtype).zero_()
 
@@ -167,8 +166,8 @@ class PagedPool:
     ) -> list[torch.Tensor]:
         """Return tensors on the device through which the current stream works on `tensors`.
 
-        They are good until `release`, for work on the current stream: with the pinned backing they are
-        staged copies, otherwise `tensors` themselves.
+        They are good until `release`, for work on the current stream: with the pinned backing they
+        are staged copies, otherwise `tensors` themselves.
 
         Args:
             tensors: tensors of the pool, or views of them; all of them are acquired, or none.
@@ -210,9 +209,9 @@ class PagedPool:
     def synchronize_to_host(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make the tensors' own memory hold the newest bytes, and wait for that.
 
-        To be called before the host reads or writes tensors of the pinned backing that were acquired
-        before, for a checkpoint for instance. It may do so until they are next acquired, prefetched
-        or planned.
+        To be called before the host reads or writes tensors of the pinned backing that were
+        acquired before, for a checkpoint for instance. It may do so until they are next acquired,
+        prefetched or planned.
 
         Raises:
             ValueError: a tensor is acquired, or not of this pool.
@@ -301,9 +300,9 @@ def default_pool(device: torch.device | str | int | None = None) -> PagedPool:
 def paged(device: torch.device | str | int | None = None) -> Iterator[None]:
     """Make every CUDA tensor that this thread creates inside one of managed memory.
 
-    Such tensors are CUDA tensors like any other, and stay so outside. Their memory can leave the GPU:
-    the driver moves it to the host when others need the room, and back when it is used. torch keeps
-    what dead tensors leave for the next `paged` of the process.
+    Such tensors are CUDA tensors like any other, and stay so outside. Their memory can leave the
+    GPU: the driver moves it to the host when others need the room, and back when it is used. torch
+    keeps what dead tensors leave for the next `paged` of the process.
 
     On a machine without a GPU nothing changes: there are no CUDA tensors, and the memory of CPU
     tensors is paged by the operating system.

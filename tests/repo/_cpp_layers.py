@@ -35,7 +35,12 @@ LAYERS = (
     Layer("c_abi", _public("c_api")),
     Layer(
         "backend",
-        ("cpp/src/kernel_table.h", "cpp/src/backend.h", "cpp/src/paged_driver.h", "cpp/src/starting_ranks.h"),
+        (
+            "cpp/src/kernel_table.h",
+            "cpp/src/backend.h",
+            "cpp/src/paged_driver.h",
+            "cpp/src/starting_ranks.h",
+        ),
         not_from=("umbrella", "c_abi"),
     ),
     Layer("cpu", ("cpp/src/cpu/*",), not_from=("umbrella", "c_abi")),
