@@ -113,7 +113,6 @@ const Backend& backend() {
       .dequantize = kDequantizeKernels,
       .matmul = kMatmulKernels,
       .matmul_transposed = kMatmulTransposedKernels,
-      .paged_memory = {choose_backing, make_paged_driver},
       .list_devices = list_devices,
       .unavailable_reason = unavailable_reason,
   };

@@ -5,12 +5,11 @@
 #include <optional>
 #include <vector>
 
+#include "backend.h"
 #include "host/device_info.h"
 #include "host/error.h"
 #include "host/launch.h"
 #include "host/stream.h"
-#include "operations.h"
-#include "paged_driver.h"
 #include "qlora_native/error.h"
 
 namespace qlora_native::cuda {
@@ -227,8 +226,6 @@ void check_device(Device device) {
   if (!is_usable(device, &why_not)) throw InvalidArgument(to_string(device) + ": " + why_not);
 }
 
-}  // namespace
-
 BackingChoice choose_backing(Device device) {
   check_device(device);
   if (has_attribute(cudaDevAttrConcurrentManagedAccess, device.index)) {
@@ -237,7 +234,7 @@ BackingChoice choose_backing(Device device) {
   return {Backing::kPinned, "the device cannot page managed memory while it computes"};
 }
 
-std::unique_ptr<PagedDriver> make_paged_driver(Device device, Backing backing) {
+std::unique_ptr<PagedDriver> make_driver(Device device, Backing backing) {
   check_device(device);
   if (backing == Backing::kHost) {
     throw InvalidArgument("the host backing is for the CPU, not for " + to_string(device));
@@ -249,6 +246,13 @@ std::unique_ptr<PagedDriver> make_paged_driver(Device device, Backing backing) {
     }
   }
   return std::make_unique<CudaDriver>(device, backing);
+}
+
+}  // namespace
+
+const PagedMemoryTable& paged_memory() {
+  static constexpr PagedMemoryTable kTable{choose_backing, make_driver};
+  return kTable;
 }
 
 }  // namespace qlora_native::cuda

@@ -4,10 +4,8 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
 
-#include "paged_driver.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/quantize.h"
@@ -36,9 +34,5 @@ void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream);
 
 void gemm_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_simt(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
-
-// Paged memory, see PagedMemoryTable.
-BackingChoice choose_backing(Device device);
-std::unique_ptr<PagedDriver> make_paged_driver(Device device, Backing backing);
 
 }  // namespace qlora_native::cuda

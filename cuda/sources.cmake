@@ -15,7 +15,6 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/host/error.cpp
   cuda/host/mma_args.cpp
   cuda/host/table_values.cpp
-  cuda/memory.cpp
   cuda/quantize.cu)
 # Their device code is empty before sm_90, where what only it uses is unused.
 set_source_files_properties(cuda/gemm/gemm_mma.cu cuda/gemv/gemv_mma.cu

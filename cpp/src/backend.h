@@ -21,7 +21,6 @@ struct Backend {
   KernelTable<DequantizeArgs> dequantize;
   KernelTable<MatmulArgs> matmul;
   KernelTable<MatmulTransposedArgs> matmul_transposed;
-  PagedMemoryTable paged_memory;
   /// The usable devices of this type; empty when there is none. Does not throw.
   std::vector<DeviceInfo> (*list_devices)();
   /// Why `list_devices` is empty, or "".
@@ -30,13 +29,16 @@ struct Backend {
 
 /// Defined in registry.cpp, the one file that names the backends.
 const Backend& backend_for(DeviceType type);
+const PagedMemoryTable& paged_memory_for(DeviceType type);
 
 namespace cpu {
 const Backend& backend();
-}
+const PagedMemoryTable& paged_memory();
+}  // namespace cpu
 namespace cuda {
-/// From cuda/backend.cpp, or from no_cuda/backend.cpp in a build without CUDA.
+/// From cuda/backend.cpp and cuda/memory.cpp, or, in a build without CUDA, from no_cuda/backend.cpp.
 const Backend& backend();
+const PagedMemoryTable& paged_memory();
 }  // namespace cuda
 
 /// Picks the table of an operation from a backend by the type of its arguments.

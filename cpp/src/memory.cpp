@@ -24,7 +24,7 @@ const char* name(Backing backing) noexcept {
 }
 
 BackingChoice automatic_backing(Device device) {
-  return backend_for(device.type).paged_memory.choose_backing(device);
+  return paged_memory_for(device.type).choose_backing(device);
 }
 
 PagedPool::PagedPool(const PagedPoolOptions& options) {
@@ -42,7 +42,7 @@ PagedPool::PagedPool(const PagedPoolOptions& options) {
                               ? automatic_backing(options.device).backing
                               : options.backing;
   state_ = std::make_shared<detail::PagedPoolState>(
-      options, backend_for(options.device.type).paged_memory.make_driver(options.device, backing));
+      options, paged_memory_for(options.device.type).make_driver(options.device, backing));
 }
 
 Device PagedPool::device() const noexcept { return state_->device(); }

@@ -62,6 +62,10 @@ const Backend& backend_for(DeviceType type) {
   return type == DeviceType::kCuda ? cuda::backend() : cpu::backend();
 }
 
+const PagedMemoryTable& paged_memory_for(DeviceType type) {
+  return type == DeviceType::kCuda ? cuda::paged_memory() : cpu::paged_memory();
+}
+
 const char* name(Op op) {
   switch (op) {
     case Op::kQuantize4bit:

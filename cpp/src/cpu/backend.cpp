@@ -200,7 +200,6 @@ const Backend& backend() {
       .dequantize = kDequantize,
       .matmul = kMatmul,
       .matmul_transposed = kMatmulTransposed,
-      .paged_memory = {choose_backing, make_paged_driver},
       .list_devices = list_devices,
       .unavailable_reason = [] { return std::string(); },
   };

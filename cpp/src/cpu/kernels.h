@@ -3,10 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
 
-#include "paged_driver.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/quantize.h"
@@ -81,10 +79,5 @@ int64_t gemm_amx_workspace_bytes(const MatmulTransposedArgs& args);
 
 void gemm_amx(const MatmulArgs& args, Workspace workspace);
 void gemm_transposed_amx(const MatmulTransposedArgs& args, Workspace workspace);
-
-// ---- paged memory ----
-
-BackingChoice choose_backing(Device device);
-std::unique_ptr<PagedDriver> make_paged_driver(Device device, Backing backing);
 
 }  // namespace qlora_native::cpu

@@ -1,8 +1,7 @@
 // Paged memory of the CPU: aligned memory that the operating system pages; nothing to move.
 #include <cstdlib>
 
-#include "cpu/kernels.h"
-#include "paged_driver.h"
+#include "backend.h"
 #include "qlora_native/error.h"
 
 namespace qlora_native::cpu {
@@ -45,16 +44,21 @@ void check_device(Device device) {
   if (device.index != 0) throw InvalidArgument("there is no CPU " + std::to_string(device.index));
 }
 
-}  // namespace
-
 BackingChoice choose_backing(Device device) {
   check_device(device);
   return {Backing::kHost, "the CPU's own memory, which the operating system pages"};
 }
 
-std::unique_ptr<PagedDriver> make_paged_driver(Device device, Backing) {
+std::unique_ptr<PagedDriver> make_driver(Device device, Backing) {
   check_device(device);
   return std::make_unique<HostDriver>();
+}
+
+}  // namespace
+
+const PagedMemoryTable& paged_memory() {
+  static constexpr PagedMemoryTable kTable{choose_backing, make_driver};
+  return kTable;
 }
 
 }  // namespace qlora_native::cpu

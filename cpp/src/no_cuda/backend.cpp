@@ -17,15 +17,19 @@ const Backend& backend() {
       .dequantize = {},
       .matmul = {},
       .matmul_transposed = {},
-      .paged_memory = {
-          .choose_backing = [](Device) -> BackingChoice { throw InvalidArgument(missing()); },
-          .make_driver = [](Device, Backing) -> std::unique_ptr<PagedDriver> {
-            throw InvalidArgument(missing());
-          }},
       .list_devices = [] { return std::vector<DeviceInfo>{}; },
       .unavailable_reason = missing,
   };
   return backend;
+}
+
+const PagedMemoryTable& paged_memory() {
+  static constexpr PagedMemoryTable kTable{
+      .choose_backing = [](Device) -> BackingChoice { throw InvalidArgument(missing()); },
+      .make_driver = [](Device, Backing) -> std::unique_ptr<PagedDriver> {
+        throw InvalidArgument(missing());
+      }};
+  return kTable;
 }
 
 }  // namespace qlora_native::cuda
