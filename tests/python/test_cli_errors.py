@@ -11,6 +11,7 @@ import torch
 
 import qlora_native as qn
 from _cli import finetune_arguments, make_model, run_cli, sentences, write_jsonl
+from qlora_native.hf import layer_kinds
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +150,9 @@ def test_out_of_memory_names_the_work_and_the_remedy(folder, tmp_path, monkeypat
     def no_room(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
 
-    monkeypatch.setattr(qn, "quantize_model", no_room)
+    monkeypatch.setattr(layer_kinds, "quantize_4bit", no_room)
     message = fails(folder, tmp_path)
-    assert "quantizing the model" in message
+    assert "loading" in message and "in 4 bits on cpu" in message and "_proj.weight" in message
     assert "20.00 GiB" in message and "--device cpu" in message
 
 
@@ -165,7 +166,7 @@ def test_the_cpu_allocator_running_out_is_out_of_memory(folder, tmp_path, monkey
     if step == "load":
         monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", no_room)
     else:
-        monkeypatch.setattr(qn, "quantize_model", no_room)
+        monkeypatch.setattr(layer_kinds, "quantize_4bit", no_room)
     message = fails(folder, tmp_path)
     assert message.startswith("error: out of memory while ") and "To go on: " in message
 

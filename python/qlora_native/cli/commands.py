@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from qlora_native.cli.errors import EXIT_FAILURE, reporting
-from qlora_native.cli.options import EvaluateOptions, FinetuneOptions, GenerateOptions, command
+from qlora_native.cli.options import (
+    EvaluateOptions,
+    FinetuneOptions,
+    GenerateOptions,
+    MergeOptions,
+    QuantizeOptions,
+)
+from qlora_native.cli.registration import command
 
 app = typer.Typer(
     name="qlora-native",
@@ -84,6 +91,43 @@ def evaluate(options: EvaluateOptions) -> None:
     if not options.debug:
         _quiet()
     from qlora_native.cli.evaluate import evaluate as run
+
+    run(options)
+
+
+@command(app, QuantizeOptions, no_args_is_help=True)
+def quantize(options: QuantizeOptions) -> None:
+    """Quantize a model to 4 bits and save it.
+
+    Examples:
+
+    - `qlora-native quantize ./llama ./llama-nf4`
+
+    - `qlora-native quantize ./llama ./llama-bnb --format bitsandbytes`
+
+    The folder loads with `import qlora_native` and transformers' from_pretrained, and in the other
+    commands. An interrupted run goes on where it was when it is started again.
+    """
+    if not options.debug:
+        _quiet()
+    from qlora_native.cli.quantize import quantize as run
+
+    run(options)
+
+
+@command(app, MergeOptions, no_args_is_help=True)
+def merge(options: MergeOptions) -> None:
+    """Fold an adapter into its base model and save that.
+
+    Examples:
+
+    - `qlora-native merge ./llama ./out ./llama-merged`
+
+    - `qlora-native merge ./llama-nf4 ./out ./llama-merged-nf4 --format native`
+    """
+    if not options.debug:
+        _quiet()
+    from qlora_native.cli.merge import merge as run
 
     run(options)
 

@@ -6,7 +6,7 @@ import json
 
 from torch.utils.data import DataLoader
 
-from qlora_native.cli import data, loading
+from qlora_native.cli import data, loading, models
 from qlora_native.cli.errors import allocating, require
 from qlora_native.cli.loss import mean_token_loss, perplexity
 from qlora_native.cli.options import EvaluateOptions
@@ -22,18 +22,18 @@ def evaluate(options: EvaluateOptions) -> None:
     batch = options.per_device_eval_batch_size
     require(batch >= 1, f"--per-device-eval-batch-size {batch}: must be 1 or more")
     require(options.max_seq_length >= 2, f"--max-seq-length {options.max_seq_length}: at least 2")
-    if warning := loading.adopt_quantization(options):
-        stderr.print(warning, highlight=False, soft_wrap=True)
-    loading.check_quantization(options)
     data.check_files(options.data, "--data")
     where = loading.placement(options)
     loading.check_model_path(options.model)
+    if warning := models.adopt_quantization(options):
+        stderr.print(warning, highlight=False, soft_wrap=True)
+    loading.check_quantization(options)
     loading.check_context(options.model, options.max_seq_length)
     tokenizer = loading.load_tokenizer(options.model)
     documents = data.read_documents(options.data, "--data")
     sequences = data.tokenize(documents, tokenizer, options.max_seq_length)
     with LayerProgress() as progress:
-        model = loading.load_for_inference(options, where, progress)
+        model = models.load_for_inference(options, where, progress)
     loader = DataLoader(sequences.rows, batch_size=batch, collate_fn=data.Collator(tokenizer))
     with allocating(
         f"evaluating {batch} x {options.max_seq_length} tokens at a time:",

@@ -16,9 +16,10 @@ import yaml
 
 import qlora_native as qn
 from qlora_native._files import atomic_write
-from qlora_native.cli import data, loading, report
+from qlora_native.cli import data, loading, models, report
+from qlora_native.cli.config_file import RUN_FILE, read_yaml
 from qlora_native.cli.errors import InputError, Interrupted, allocating, display_path, require
-from qlora_native.cli.options import RUN_FILE, FinetuneOptions, read_yaml
+from qlora_native.cli.options import FinetuneOptions
 from qlora_native.cli.progress import LayerProgress, TrainingProgress, stderr, stdout
 from qlora_native.cli.trainer import (
     AdapterTrainer,
@@ -48,13 +49,14 @@ def finetune(options: FinetuneOptions) -> None:
     _check_numbers(options)
     loading.check_quantization(options)
     where = loading.placement(options)
+    loading.check_model_path(options.model)
+    models.adopt_quantization(options)
     options = dataclasses.replace(
         options, bf16=where.dtype == torch.bfloat16, fp16=where.dtype == torch.float16
     )
     resume_from = _check_output(options)
     data.check_files(options.data, "--data")
     data.check_files(options.eval_data or [], "--eval-data")
-    loading.check_model_path(options.model)
     loading.check_context(options.model, options.max_seq_length)
     arguments = _training_arguments(options, where)
     tokenizer = loading.load_tokenizer(options.model)
@@ -74,7 +76,7 @@ def finetune(options: FinetuneOptions) -> None:
         )
     if where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where.device)
-    model, converted, adapters = _build(options, where)
+    model, quantized, adapters = _build(options, where)
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
@@ -100,8 +102,8 @@ def finetune(options: FinetuneOptions) -> None:
         "peak_memory_of": memory_of,
         "trainable_parameters": adapters.trainable,
         "total_parameters": adapters.total,
-        "bits_per_weight": converted.bits_per_parameter,
-        "quantized_layers": len(converted.converted),
+        "bits_per_weight": quantized.bits_per_weight,
+        "quantized_layers": quantized.count,
         "loss_on": train.loss_on,
         "sequences": {"train": len(train), "eval": len(evaluation or ())},
         "device": _device_name(where.device),
@@ -231,9 +233,9 @@ def _read(options: FinetuneOptions, tokenizer: Any) -> tuple[data.Sequences, dat
 
 
 def _build(options: FinetuneOptions, where: loading.Placement) -> tuple[Any, Any, Any]:
-    model = loading.load_dense(options.model, where.dtype)
     with LayerProgress() as progress:
-        converted = loading.quantize(model, options, where, progress)
+        model = models.load_quantized(options, where, progress)
+    quantized = models.four_bit_layers(model)
     targets: Any = options.target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",") if name.strip()]
@@ -254,7 +256,7 @@ def _build(options: FinetuneOptions, where: loading.Placement) -> tuple[Any, Any
         f"--target-modules: {', '.join(adapters.unmatched)} matches no linear layer of the model",
     )
     qn.prepare_for_training(model, gradient_checkpointing=options.gradient_checkpointing)
-    return model, converted, adapters
+    return model, quantized, adapters
 
 
 def _start_output(options: FinetuneOptions) -> None:

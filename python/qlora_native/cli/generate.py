@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from qlora_native.cli import data, loading
+from qlora_native.cli import data, loading, models
 from qlora_native.cli.errors import allocating, require
 from qlora_native.cli.loss import autocast
 from qlora_native.cli.options import GenerateOptions
@@ -33,16 +33,16 @@ def generate(options: GenerateOptions) -> None:
     )
     require(options.temperature >= 0, f"--temperature {options.temperature}: must not be negative")
     require(0 < options.top_p <= 1, f"--top-p {options.top_p}: must be in (0, 1]")
-    if warning := loading.adopt_quantization(options):
-        stderr.print(warning, highlight=False, soft_wrap=True)
-    loading.check_quantization(options)
     where = loading.placement(options)
     loading.check_model_path(options.model)
+    if warning := models.adopt_quantization(options):
+        stderr.print(warning, highlight=False, soft_wrap=True)
+    loading.check_quantization(options)
     tokenizer = loading.load_tokenizer(options.model)
     ids = _prompt_ids(options, tokenizer)
     require(ids.numel() > 0, "--prompt: it has no token; give at least one character")
     with LayerProgress() as progress:
-        model = loading.load_for_inference(options, where, progress)
+        model = models.load_for_inference(options, where, progress)
     transformers.set_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:

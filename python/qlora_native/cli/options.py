@@ -1,22 +1,12 @@
-"""The options of the commands, each defined once, and the machinery that makes commands of them."""
+"""The options of the commands, each defined once."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
-import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
-from typer.core import TyperCommand
-
-from qlora_native.cli.errors import InputError, reporting, require
-
-RUN_FILE = "run.yaml"
 
 _MODEL = "Model"
 _QUANTIZATION = "Quantization"
@@ -26,7 +16,7 @@ _TRAINING = "Training"
 _OUTPUT = "Output, logging and checkpoints"
 _SAMPLING = "Sampling"
 _HARDWARE = "Hardware and precision"
-_PANELS = (_MODEL, _DATA, _LORA, _QUANTIZATION, _SAMPLING, _TRAINING, _OUTPUT, _HARDWARE)
+PANELS = (_MODEL, _DATA, _LORA, _QUANTIZATION, _SAMPLING, _TRAINING, _OUTPUT, _HARDWARE)
 
 
 def option(
@@ -36,13 +26,15 @@ def option(
     return typer.Option(*declarations, help=help_text, rich_help_panel=panel, **settings)
 
 
-@dataclasses.dataclass(kw_only=True)
-class ModelOptions:
-    """What every command that loads a model takes."""
+def argument(help_text: str, panel: str, **settings: Any) -> typer.models.ArgumentInfo:
+    """A word without a name, listed in a panel of `--help`."""
+    return typer.Argument(help=help_text, rich_help_panel=panel, **settings)
 
-    model: Annotated[
-        str, option("A local folder with a transformers model, or a model id of the hub.", _MODEL)
-    ]
+
+@dataclasses.dataclass(kw_only=True)
+class QuantizationOptions:
+    """How weights are quantized."""
+
     quant_type: Annotated[str, option("nf4, fp4 or int4.", _QUANTIZATION)] = "nf4"
     block_size: Annotated[
         int, option("Values that share an absmax: a power of two, 32 to 4096.", _QUANTIZATION)
@@ -54,6 +46,15 @@ class ModelOptions:
     skip_modules: Annotated[
         str, option("Names of modules that stay as they are, comma-separated.", _QUANTIZATION)
     ] = "lm_head"
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelOptions(QuantizationOptions):
+    """What every command that runs a model takes."""
+
+    model: Annotated[
+        str, option("A local folder with a transformers model, or a model id of the hub.", _MODEL)
+    ]
     device: Annotated[
         str, option("auto, cpu or cuda. auto takes the GPU when there is one.", _HARDWARE)
     ] = "auto"
@@ -189,158 +190,80 @@ class EvaluateOptions(AdapterOptions):
     json: Annotated[bool, option("Print one JSON object.", _OUTPUT, "--json")] = False
 
 
-class VariadicCommand(TyperCommand):
-    """A command whose list options take every following word: `--data a.txt b.txt`."""
+@dataclasses.dataclass(kw_only=True)
+class QuantizeOptions(QuantizationOptions):
+    """`qlora-native quantize`."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeats the option in front of each of its words, which is what click understands."""
-        several = {
-            name
-            for param in self.params
-            if getattr(param, "multiple", False)
-            for name in param.opts
-        }
-        expanded: list[str] = []
-        current, words = None, 0
-        for word in args:
-            if word.startswith("-") and word != "-":
-                # `--data=a.txt b.txt` has the first word in the option.
-                name, equals, _ = word.partition("=")
-                current, words = (name if name in several else None), len(equals)
-            elif current is not None:
-                if words:
-                    expanded.append(current)
-                words += 1
-            expanded.append(word)
-        return super().parse_args(ctx, expanded)
-
-
-def read_yaml(path: Path, option_name: str) -> dict[Any, Any]:
-    """The mapping in a YAML file that `option_name` led to.
-
-    Raises:
-        InputError: the file is missing, is not YAML, or is no mapping.
-    """
-    require(path.is_file(), f"{option_name} {path}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{option_name} {path}: not valid YAML: {error}") from error
-    require(
-        isinstance(content, dict),
-        f"{option_name} {path}: expected lines of the form `option: value`",
-    )
-    return content
+    model: Annotated[
+        str, argument("A local folder with a transformers model, or a model id of the hub.", _MODEL)
+    ]
+    output: Annotated[Path, argument("Folder for the quantized model.", _OUTPUT)]
+    skip_modules: Annotated[
+        str,
+        option(
+            "Names of modules that stay as they are, comma-separated; when not given: the output "
+            "head and tied weights.",
+            _QUANTIZATION,
+        ),
+    ] = ""
+    quantize_embeddings: Annotated[
+        bool,
+        option(
+            "Quantize the token embeddings too, and the head that is tied to them.",
+            _QUANTIZATION,
+            "--quantize-embeddings",
+        ),
+    ] = False
+    compute_dtype: Annotated[
+        str, option("Dtype of products that config.json asks for.", _QUANTIZATION)
+    ] = "bfloat16"
+    format: Annotated[
+        str, option("native, or bitsandbytes for a model that it can load.", _OUTPUT)
+    ] = "native"
+    max_shard_size: Annotated[str, option("Largest file, such as 5GB.", _OUTPUT)] = "5GB"
+    overwrite: Annotated[
+        bool, option("Replace what is in the output folder.", _OUTPUT, "--overwrite")
+    ] = False
+    device: Annotated[str, option("cpu, cuda or auto: where to quantize.", _HARDWARE)] = "cpu"
+    debug: Annotated[
+        bool,
+        option("Show the traceback and the libraries' logs on an error.", _HARDWARE, "--debug"),
+    ] = False
 
 
-def read_config(path: Path, names: dict[str, bool]) -> dict[str, Any]:
-    """Option values from a YAML file; `names` maps each option to whether it takes a list.
+@dataclasses.dataclass(kw_only=True)
+class MergeOptions(QuantizationOptions):
+    """`qlora-native merge`."""
 
-    Raises:
-        InputError: the file is missing, is no mapping, or has a key that is no option.
-    """
-    values: dict[str, Any] = {}
-    for key, value in read_yaml(path, "--config").items():
-        name = str(key).lstrip("-").replace("-", "_")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-            raise InputError(f"--config {path}: unknown option `{key}`; the nearest is `{near[0]}`")
-        if value is None:
-            continue
-        if names[name]:
-            value = value if isinstance(value, list) else [value]
-        elif isinstance(value, list):
-            value = ",".join(map(str, value))
-        values[name] = value
-    return values
-
-
-def _expand_home(name: str, value: Any) -> Any:
-    # A shell leaves the `~` of `--output=~/run` and of a YAML file as it is.
-    if isinstance(value, list):
-        return [_expand_home(name, item) for item in value]
-    if not str(value).startswith("~") or not (isinstance(value, Path) or name == "model"):
-        return value
-    try:
-        return type(value)(Path(value).expanduser())
-    except RuntimeError as error:
-        raise InputError(f"--{name.replace('_', '-')} {value}: {error}") from error
-
-
-def _apply_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    if path is None or ctx.resilient_parsing:
-        return path
-    names = {
-        param.name: bool(getattr(param, "multiple", False))
-        for param in ctx.command.params
-        if param.name not in ("config", "help")
-    }
-    with reporting(debug=False):
-        path = _expand_home("config", path)
-        # The command line wins: click asks the default map only for what it did not find there.
-        ctx.default_map = read_config(path, names)
-    return path
-
-
-_CONFIG = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="YAML file of options (`lora-r: 16`); the command line wins.",
-        is_eager=True,
-        callback=_apply_config,
-    ),
-]
-
-
-def _panel_index(annotation: Any) -> int:
-    return _PANELS.index(annotation.__metadata__[0].rich_help_panel)
-
-
-def command(
-    app: typer.Typer, options_class: type, **settings: Any
-) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Registers `function(options)` as a command with the fields of `options_class` as options."""
-
-    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        def run(ctx: typer.Context, **values: Any) -> None:
-            values.pop("config")
-            with reporting(values["debug"]):
-                values = {name: _expand_home(name, value) for name, value in values.items()}
-                if issubclass(options_class, AdapterOptions):
-                    sources = {name: ctx.get_parameter_source(name) for name in values}
-                    values["given"] = frozenset(
-                        name for name, source in sources.items() if source.name != "DEFAULT"
-                    )
-                function(options_class(**values))
-
-        hints = typing.get_type_hints(options_class, include_extras=True)
-        hints.pop("given", None)
-        parameters = [
-            inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY),
-            inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None),
-        ]
-        fields = sorted(
-            (f for f in dataclasses.fields(options_class) if f.name in hints),
-            key=lambda f: _panel_index(hints[f.name]),
-        )
-        parameters += [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty
-                if field.default is dataclasses.MISSING
-                else field.default,
-            )
-            for field in fields
-        ]
-        run.__annotations__ = {"ctx": typer.Context, "config": _CONFIG, **hints}
-        run.__signature__ = inspect.Signature(
-            [p.replace(annotation=run.__annotations__[p.name]) for p in parameters]
-        )
-        app.command(
-            name=function.__name__, help=inspect.getdoc(function), cls=VariadicCommand, **settings
-        )(run)
-        return function
-
-    return register
+    model: Annotated[str, argument("The base: a local folder, or a model id of the hub.", _MODEL)]
+    adapter: Annotated[Path, argument("Folder of a saved adapter.", _MODEL)]
+    output: Annotated[Path, argument("Folder for the merged model.", _OUTPUT)]
+    quantize: Annotated[
+        bool,
+        option(
+            "Merge into the quantized base, over which the adapter was trained, or into the dense "
+            "one.",
+            _QUANTIZATION,
+            "--quantize/--no-quantize",
+        ),
+    ] = True
+    format: Annotated[
+        str,
+        option(
+            "dense: the exact sum in 16 bits; native or bitsandbytes: quantized again.", _OUTPUT
+        ),
+    ] = "dense"
+    max_shard_size: Annotated[str, option("Largest file, such as 5GB.", _OUTPUT)] = "5GB"
+    overwrite: Annotated[
+        bool, option("Replace what is in the output folder.", _OUTPUT, "--overwrite")
+    ] = False
+    dtype: Annotated[
+        str, option("Of the dense weights: bfloat16, float16 or float32.", _HARDWARE)
+    ] = "bfloat16"
+    device: Annotated[str, option("cpu, cuda or auto: where to merge.", _HARDWARE)] = "cpu"
+    debug: Annotated[
+        bool,
+        option("Show the traceback and the libraries' logs on an error.", _HARDWARE, "--debug"),
+    ] = False
+    given: frozenset[str] = frozenset()
+    """Names of the options that the user gave; the others have their defaults. Not an option."""

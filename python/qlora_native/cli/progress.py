@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
+
+from qlora_native.hf.packing import PackObserver
 
 # Results go to stdout; what is only news goes to stderr.
 stdout = Console()
@@ -26,12 +31,15 @@ def bar() -> Progress:
     )
 
 
-class LayerProgress:
-    """Shows the progress of `quantize_model`, whose `progress` argument it is."""
+class LayerProgress(PackObserver):
+    """Shows what is quantized while a model is loaded: how many layers, which, how fast."""
 
     def __init__(self) -> None:
         self._bar = bar()
         self._task = self._bar.add_task("Quantizing", total=None)
+        self._started = 0.0
+        self.dense_bytes = 0
+        self.seconds = 0.0
 
     def __enter__(self) -> LayerProgress:
         self._bar.start()
@@ -40,9 +48,22 @@ class LayerProgress:
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
-    def __call__(self, done: int, total: int, name: str) -> None:
-        """Moves the bar to `done` of `total` layers."""
-        self._bar.update(self._task, completed=done, total=total)
+    def begin(self, tensors: int) -> None:
+        """Starts the clock."""
+        self._bar.update(self._task, total=tensors)
+        self._started = time.perf_counter()
+
+    def pack(
+        self, name: str, value: Tensor, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Moves the bar by one."""
+        state = super().pack(name, value, make)
+        self.dense_bytes += value.nbytes
+        self.seconds = time.perf_counter() - self._started
+        rate = self.dense_bytes / self.seconds / 1e9
+        layer = name.removesuffix(".weight")
+        self._bar.update(self._task, advance=1, description=f"Quantizing {rate:.2f} GB/s {layer}")
+        return state
 
 
 class TrainingProgress(TrainerCallback):

@@ -7,6 +7,7 @@ each tensor as it is read: no more than the packed model and one dense tensor ar
 from __future__ import annotations
 
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from qlora_native.hf.packing import (
     raise_first,
 )
 from qlora_native.nn.adapters import count_parameters
+from qlora_native.nn.lora import LoraLinear
 
 logger = logging.get_logger("qlora_native")
 
@@ -47,6 +49,10 @@ class QLoRANativeQuantizer(HfQuantizer):
         super().__init__(quantization_config, **arguments)
         self.failures: list[Exception] = []
         self._shapes: dict[str, torch.Size] = {}
+        self._model: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": None}
 
     # ---- before loading ----
 
@@ -171,6 +177,7 @@ class QLoRANativeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         raise_first(self.failures)
+        self._model = weakref.ref(model)
         if self.pre_quantized:
             _require_loaded(model, self._shapes)
             if self._reads_bitsandbytes:
@@ -203,6 +210,12 @@ class QLoRANativeQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters over the model train."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether Trainer is to take the model without PEFT: when it has adapters of ours."""
+        model = self._model() if self._model is not None else None
+        return model is not None and any(isinstance(m, LoraLinear) for m in model.modules())
 
     @property
     def is_compileable(self) -> bool:
