@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qlora_native import hf, kernels, memory, nn
 from qlora_native._C import CudaError, __version__, cuda_unavailable_reason, list_devices
-from qlora_native.checkpoint import load_adapter, save_adapter
-from qlora_native.convert import quantize_model
 from qlora_native.functional import (
     QUANT_TYPES,
     QuantizedTensor,
@@ -15,9 +16,15 @@ from qlora_native.functional import (
 )
 from qlora_native.nn import add_lora, merge_lora, prepare_for_training, unmerge_lora
 
+if TYPE_CHECKING:
+    from qlora_native.checkpoint import load_adapter, save_adapter
+    from qlora_native.convert import quantize_model
+    from qlora_native.hf.config import QLoRANativeConfig
+
 __all__ = [
     "QUANT_TYPES",
     "CudaError",
+    "QLoRANativeConfig",
     "QuantizedTensor",
     "__version__",
     "add_lora",
@@ -38,6 +45,27 @@ __all__ = [
     "save_adapter",
     "unmerge_lora",
 ]
+
+# Imported when they are asked for: `import qlora_native` is to cost little, and transformers not to
+# be needed.
+_LATER = {
+    "QLoRANativeConfig": "qlora_native.hf.config",
+    "load_adapter": "qlora_native.checkpoint",
+    "quantize_model": "qlora_native.convert",
+    "save_adapter": "qlora_native.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LATER[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def build_info() -> dict[str, str]:
