@@ -93,7 +93,7 @@ class CudaDriver final : public PagedDriver {
     return data;
   }
 
-  void free_region(void* data) noexcept override {
+  void free_region(void* data, int64_t) noexcept override {
     release(data, backing_ == Backing::kPinned ? cudaFreeHost : cudaFree);
   }
 

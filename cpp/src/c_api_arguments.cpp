@@ -12,25 +12,9 @@ void check_alignment(const char* function, const char* what, const void* data, i
   if (data != nullptr) check_pointer(function, what, data, static_cast<uint64_t>(alignment));
 }
 
-void check_reserved(const char* function, const char* what, int32_t reserved) {
-  if (reserved != 0) {
-    fail(function,
-         "reserved of " + std::string(what) + " is " + std::to_string(reserved) + ", expected 0");
-  }
-}
-
 DType to_dtype(const char* function, qn_dtype dtype) {
   check_enum(function, "dtype", dtype, QN_BFLOAT16 + 1);
   return static_cast<DType>(dtype);
-}
-
-Device to_device(const char* function, qn_device_type type, int32_t index) {
-  check_device_type(function, type);
-  if (index < 0 || (type == QN_CPU && index != 0)) {
-    fail(function,
-         "there is no device " + std::to_string(index) + " of type " + qn_device_type_name(type));
-  }
-  return {static_cast<DeviceType>(type), index};
 }
 
 MutableQuantizedView to_weight(const char* function, const char* what, const qn_weight* given) {
@@ -70,6 +54,22 @@ int64_t count_elements(const View& view) {
 }
 
 }  // namespace
+
+void check_reserved(const char* function, const char* what, int32_t reserved) {
+  if (reserved != 0) {
+    fail(function,
+         "reserved of " + std::string(what) + " is " + std::to_string(reserved) + ", expected 0");
+  }
+}
+
+Device to_device(const char* function, qn_device_type type, int32_t index) {
+  check_device_type(function, type);
+  if (index < 0 || (type == QN_CPU && index != 0)) {
+    fail(function,
+         "there is no device " + std::to_string(index) + " of type " + qn_device_type_name(type));
+  }
+  return {static_cast<DeviceType>(type), index};
+}
 
 Codebook to_codebook(const char* function, qn_quant_type type, const float* custom_values) {
   check_quant_type(function, type);

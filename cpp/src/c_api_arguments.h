@@ -6,10 +6,14 @@
 #include "qlora_native/c_api.h"
 #include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
+#include "qlora_native/device.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/quantize.h"
 
 namespace qlora_native::c_api {
+
+void check_reserved(const char* function, const char* what, int32_t reserved);
+Device to_device(const char* function, qn_device_type type, int32_t index);
 
 /// `custom_values` must be there for kCustom and nowhere else. Does not look at its values.
 Codebook to_codebook(const char* function, qn_quant_type type, const float* custom_values);

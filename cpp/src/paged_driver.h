@@ -24,7 +24,7 @@ class PagedDriver {
 
   /// Memory for allocations, aligned to kPagedAlignment.
   virtual void* allocate_region(int64_t size_bytes) = 0;
-  virtual void free_region(void* data) noexcept = 0;
+  virtual void free_region(void* data, int64_t size_bytes) noexcept = 0;
   /// Device memory for the staging cache, of the pinned backing alone.
   virtual void* allocate_staging(int64_t size_bytes) = 0;
   virtual void free_staging(void* data) noexcept = 0;

@@ -43,7 +43,8 @@ PagedPoolState::~PagedPoolState() {
   }
   mover_.reset();
   pending_.clear();
-  for (const auto& region : regions_.regions()) driver_->free_region(region.begin);
+  for (const auto& region : regions_.regions())
+    driver_->free_region(region.begin, region.size_bytes);
 }
 
 bool PagedPoolState::is_foreign_process() const noexcept { return fork_generation() != process_; }
@@ -132,7 +133,7 @@ void PagedPoolState::add_region(int64_t rounded_bytes) {
   try {
     regions_.add_region(begin, size_bytes);
   } catch (...) {
-    driver_->free_region(begin);
+    driver_->free_region(begin, size_bytes);
     throw;
   }
 }
@@ -213,7 +214,7 @@ void PagedPoolState::return_regions(int kept) {
   for (const auto& region : regions_.empty_regions()) {
     if (region.size_bytes == common_bytes && kept-- > 0) continue;
     regions_.remove_region(region.begin);
-    driver_->free_region(region.begin);
+    driver_->free_region(region.begin, region.size_bytes);
   }
 }
 

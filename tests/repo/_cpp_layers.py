@@ -32,7 +32,7 @@ LAYERS = (
     Layer("operations", (*_public("quantize", "dequantize", "matmul", "optimizer", "memory"),)),
     Layer("kernels", _public("kernels")),
     Layer("umbrella", _public("qlora_native")),
-    Layer("c_abi", _public("c_api")),
+    Layer("c_abi", _public("c_api", "c_api_memory")),
     Layer(
         "backend",
         (

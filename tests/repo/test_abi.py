@@ -9,6 +9,7 @@ from _library import built_library, exported_symbols
 from _sources import ROOT
 
 HEADER = ROOT / "cpp/include/qlora_native/c_api.h"
+HEADERS = sorted(HEADER.parent.glob("c_api*.h"))
 SYMBOLS = ROOT / "tests/repo/abi_symbols.txt"
 _DECLARATION = re.compile(r"^QN_API [^;]*?\b(qn_\w+)\(", re.MULTILINE)
 
@@ -42,7 +43,7 @@ def test_the_library_exports_the_listed_symbols():
 
 
 def test_the_header_declares_the_listed_symbols():
-    actual = declared_functions(HEADER.read_text())
+    actual = [name for header in HEADERS for name in declared_functions(header.read_text())]
     assert list(differences(listed_symbols(SYMBOLS.read_text()), actual, "declared")) == []
 
 

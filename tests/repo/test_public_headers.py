@@ -16,7 +16,7 @@ from _sources import ROOT, all_files
 
 INCLUDE = "cpp/include"
 HEADERS = [name for name in all_files() if name.startswith(INCLUDE) and name.endswith(".h")]
-C_HEADERS = [name for name in HEADERS if name.endswith("/c_api.h")]
+C_HEADERS = [name for name in HEADERS if "/c_api" in name]
 # What the language and the system say; anything else would be a flag of some build.
 _PLATFORM_MACROS = {"_WIN32", "__cplusplus", "defined"}
 _CONDITION = re.compile(r"^[ \t]*#[ \t]*(?:el)?if(?:n?def)?\b(.*)$", re.MULTILINE)

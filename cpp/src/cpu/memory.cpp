@@ -1,5 +1,8 @@
-// Paged memory of the CPU: aligned memory that the operating system pages; nothing to move.
-#include <cstdlib>
+// Paged memory of the CPU: memory that the operating system pages; nothing to move.
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
 
 #include "backend.h"
 #include "qlora_native/error.h"
@@ -12,13 +15,18 @@ class HostDriver final : public PagedDriver {
   Backing backing() const override { return Backing::kHost; }
 
   void* allocate_region(int64_t size_bytes) override {
-    void* const data = std::aligned_alloc(kPagedAlignment, static_cast<size_t>(size_bytes));
-    if (data == nullptr) {
-      throw OutOfMemory("the system has no region of " + std::to_string(size_bytes) + " bytes");
+    // Pages of the system's own, which get them back at once.
+    void* const data = mmap(nullptr, static_cast<size_t>(size_bytes), PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) {
+      throw OutOfMemory("the system has no region of " + std::to_string(size_bytes) + " bytes (" +
+                        std::strerror(errno) + ")");
     }
     return data;
   }
-  void free_region(void* data) noexcept override { std::free(data); }
+  void free_region(void* data, int64_t size_bytes) noexcept override {
+    static_cast<void>(munmap(data, static_cast<size_t>(size_bytes)));
+  }
 
   // Work on the CPU is over when its call returns: there is no order to keep.
   Stream to_device_stream() override { return Stream::none(); }

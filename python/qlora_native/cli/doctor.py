@@ -55,8 +55,15 @@ def examine() -> dict[str, Any]:
             "usable": cuda_obstacle() is None,
             "why_not": cuda_obstacle(),
         },
+        "paged_memory": [_paged_memory(device.device) for device in qn.list_devices()],
         "kernels": kernels,
     }
+
+
+def _paged_memory(device: str) -> dict[str, str]:
+    """Which backing paged memory has on a device, and why."""
+    backing, reason = qn.memory.automatic_backing(device)
+    return {"device": device, "backing": backing, "reason": reason}
 
 
 def _self_test() -> list[str]:
@@ -89,6 +96,10 @@ def show(findings: dict[str, Any]) -> None:
     for device in findings["devices"]:
         memory = f"{device['memory_bytes'] / 2**30:.1f} GiB"
         facts.add_row(device["device"], f"{device['name']}, {memory}, {device['features']}")
+    for pool in findings["paged_memory"]:
+        facts.add_row(
+            f"paged memory of {pool['device']}", f"{pool['backing']}: {pool['reason']}"
+        )
     cuda = findings["cuda"]
     facts.add_row("torch sees a GPU", "yes" if cuda["torch_sees_gpu"] else "no")
     facts.add_row("the library sees a GPU", "yes" if cuda["library_sees_gpu"] else "no")

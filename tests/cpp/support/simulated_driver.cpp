@@ -79,9 +79,9 @@ void* SimulatedDriver::allocate_region(int64_t size_bytes) {
   return data;
 }
 
-void SimulatedDriver::free_region(void* data) noexcept {
+void SimulatedDriver::free_region(void* data, int64_t size_bytes) noexcept {
   while (step()) continue;  // as cudaFree waits
-  region_bytes_ -= regions_.at(data);
+  region_bytes_ -= size_bytes;
   regions_.erase(data);
   std::free(data);
 }

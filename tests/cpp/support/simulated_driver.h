@@ -41,7 +41,7 @@ class SimulatedDriver final : public PagedDriver {
 
   Backing backing() const override { return backing_; }
   void* allocate_region(int64_t size_bytes) override;
-  void free_region(void* data) noexcept override;
+  void free_region(void* data, int64_t size_bytes) noexcept override;
   void* allocate_staging(int64_t size_bytes) override;
   void free_staging(void* data) noexcept override;
   Stream to_device_stream() override { return Stream::from_handle(&to_device_); }
