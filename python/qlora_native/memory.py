@@ -278,7 +278,7 @@ class _Shared:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.pools: dict[torch.device, PagedPool] = {}
-        self.torch_pools: dict[int, torch.cuda.MemPool] = {}
+        self.torch_pools: dict[int, tuple[torch.cuda.MemPool, object]] = {}
 
 
 _shared = _Shared()
@@ -326,8 +326,7 @@ def paged(device: torch.device | str | int | None = None) -> Iterator[None]:
 
 def _torch_pool(device: torch.device) -> torch.cuda.MemPool:
     with _shared.lock:
-        pool = _shared.torch_pools.get(device.index)
-        if pool is None:
+        if device.index not in _shared.torch_pools:
             backing, reason = automatic_backing(device)
             if backing != "managed":
                 raise NotImplementedError(f"no managed memory on {device}: {reason}")
@@ -336,6 +335,6 @@ def _torch_pool(device: torch.device) -> torch.cuda.MemPool:
             )
             with torch.cuda.device(device):
                 pool = torch.cuda.MemPool(allocator.allocator())
-            # Never let go of: its tensors may outlive every user of `paged`.
-            _shared.torch_pools[device.index] = pool
-        return pool
+            # Neither is let go of: their tensors may outlive every user of `paged`.
+            _shared.torch_pools[device.index] = (pool, allocator)
+        return _shared.torch_pools[device.index][0]

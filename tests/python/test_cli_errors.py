@@ -272,6 +272,13 @@ def test_doctor_tells_what_can_be_used():
     assert run_cli("doctor").code == 0
 
 
+def test_doctor_says_how_memory_is_paged():
+    findings = json.loads(run_cli("doctor", "--json").out)
+    paged = {entry["device"]: entry for entry in findings["paged_memory"]}
+    assert list(paged) == [device.device for device in qn.list_devices()]
+    assert paged["cpu"]["backing"] == "host" and "operating system" in paged["cpu"]["reason"]
+
+
 def test_doctor_reports_a_product_that_is_wrong(monkeypatch):
     monkeypatch.setattr(qn, "linear_4bit", lambda x, q: x.new_zeros(3, 64))
     result = run_cli("doctor", "--json")

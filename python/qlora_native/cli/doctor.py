@@ -97,9 +97,7 @@ def show(findings: dict[str, Any]) -> None:
         memory = f"{device['memory_bytes'] / 2**30:.1f} GiB"
         facts.add_row(device["device"], f"{device['name']}, {memory}, {device['features']}")
     for pool in findings["paged_memory"]:
-        facts.add_row(
-            f"paged memory of {pool['device']}", f"{pool['backing']}: {pool['reason']}"
-        )
+        facts.add_row(f"paged memory of {pool['device']}", f"{pool['backing']}: {pool['reason']}")
     cuda = findings["cuda"]
     facts.add_row("torch sees a GPU", "yes" if cuda["torch_sees_gpu"] else "no")
     facts.add_row("the library sees a GPU", "yes" if cuda["library_sees_gpu"] else "no")
