@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import QuantizedTensor, quantize_4bit
+from qlora_native.nn.embedding import Embedding4bit
 from qlora_native.nn.linear import Linear4bit, state_of
 from qlora_native.nn.lora import dense_linear
 
@@ -100,7 +101,46 @@ class LinearKind(LayerKind):
         return dense_linear(module.dequantize(dtype), module)
 
 
-KINDS: list[LayerKind] = [LinearKind()]
+class EmbeddingKind(LayerKind):
+    """nn.Embedding becomes Embedding4bit, where the quantizer chooses it."""
+
+    def make(self, name: str, module: nn.Module, settings: dict[str, Any]) -> nn.Module | None:
+        """An Embedding4bit for exactly this class."""
+        if type(module) is not nn.Embedding or module.max_norm is not None:
+            return None
+        layer = Embedding4bit(
+            *module.weight.shape, module.padding_idx, "meta", module.weight.dtype, **settings
+        )
+        return layer.train(module.training)
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether it is an Embedding4bit."""
+        return isinstance(module, Embedding4bit)
+
+    def expect_dense(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """A placeholder for the table."""
+        shape = (module.num_embeddings, module.embedding_dim)
+        placeholder = torch.empty(shape, dtype=dtype, device="meta")
+        module.weight = nn.Parameter(placeholder, requires_grad=False)
+
+    def is_dense(self, module: nn.Module, tensor_name: str) -> bool:
+        """Whether it is the table, not packed yet."""
+        return tensor_name == "weight" and module.weight.is_floating_point()
+
+    def pack(self, module: nn.Module, tensor_name: str, value: Tensor) -> dict[str, Tensor]:
+        """weight, weight_absmax and, with double quantization, weight_absmax2."""
+        module.weight_dtype = value.dtype
+        return packed_state(module, value, (module.num_embeddings, module.embedding_dim))
+
+    def to_dense(self, module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+        """An nn.Embedding with the decoded table."""
+        embedding = nn.Embedding.from_pretrained(
+            module.dequantize(dtype), padding_idx=module.padding_idx
+        )
+        return embedding.train(module.training)
+
+
+KINDS: list[LayerKind] = [LinearKind(), EmbeddingKind()]
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

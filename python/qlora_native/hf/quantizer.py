@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from qlora_native.hf import bitsandbytes_models
 from qlora_native.hf.config import QUANT_METHOD, QLoRANativeConfig
+from qlora_native.hf.embeddings import tie_parts, token_embeddings
 from qlora_native.hf.layer_kinds import KINDS, kind_of
 from qlora_native.hf.packing import (
     PackOnLoad,
@@ -106,10 +107,17 @@ class QLoRANativeQuantizer(HfQuantizer):
             model, config.modules_to_not_convert, model._keep_in_fp32_modules
         )
         tied = _tied_modules(model)
+        embeddings = set()
+        if config.quantize_embeddings:
+            embeddings = token_embeddings(model, config.modules_to_not_convert)
         self.modules_to_not_convert = skip
         replaced = 0
         for name, module in list(model.named_modules()):
-            if name in tied or not should_convert_module(name, skip):
+            if name not in embeddings and (
+                isinstance(module, nn.Embedding)
+                or name in tied
+                or not should_convert_module(name, skip)
+            ):
                 continue
             layer = self._make(name, module)
             if layer is None:
@@ -122,6 +130,7 @@ class QLoRANativeQuantizer(HfQuantizer):
                 self._expect_packed(name, layer)
             else:
                 kind_of(layer).expect_dense(layer, _dense_dtype(model, module, dtype))
+        tie_parts(model)
         if not self.pre_quantized:
             current_observer().begin(replaced)
         if not replaced:
@@ -193,6 +202,7 @@ class QLoRANativeQuantizer(HfQuantizer):
             kind = kind_of(module)
             if kind is not None:
                 model.set_submodule(name, kind.to_dense(module, dtype))
+        model.tie_weights()
         model.__dict__.pop("num_parameters", None)
         return model
 

@@ -1,4 +1,4 @@
-"""Modules: a linear layer with a 4-bit weight, and LoRA adapters over it."""
+"""Modules: layers with 4-bit weights, and LoRA adapters over the linear ones."""
 
 from qlora_native.nn.adapters import (
     LoraReport,
@@ -10,11 +10,13 @@ from qlora_native.nn.adapters import (
     prepare_for_training,
     set_adapter,
 )
+from qlora_native.nn.embedding import Embedding4bit
 from qlora_native.nn.linear import Linear4bit
 from qlora_native.nn.lora import LoraLinear, LoraSettings
 from qlora_native.nn.merging import merge_lora, unmerge_lora
 
 __all__ = [
+    "Embedding4bit",
     "Linear4bit",
     "LoraLinear",
     "LoraReport",

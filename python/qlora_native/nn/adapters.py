@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qlora_native.nn.embedding import Embedding4bit
 from qlora_native.nn.linear import Linear4bit
 from qlora_native.nn.lora import LoraLinear, LoraSettings, check_adapter
 from qlora_native.nn.targets import (
@@ -136,7 +137,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     seen: set[int] = set()
     for module in model.modules():
-        packed = isinstance(module, Linear4bit)
+        packed = isinstance(module, (Linear4bit, Embedding4bit))
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue

@@ -179,10 +179,10 @@ class Linear4bit(nn.Linear):
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as a value; its tensors are views of the parameters."""
         if self.double_quant:
-            constants = _as_fp32(self.weight_absmax2)
+            constants = as_fp32(self.weight_absmax2)
             absmax, absmax2, offset = self.weight_absmax, constants[:-1], constants[-1]
         else:
-            absmax, absmax2, offset = _as_fp32(self.weight_absmax), None, None
+            absmax, absmax2, offset = as_fp32(self.weight_absmax), None, None
         return QuantizedTensor(
             packed=self.weight.view(-1),
             absmax=absmax,
@@ -276,7 +276,7 @@ class Linear4bit(nn.Linear):
         """As in nn.Module; fp32 bytes at an address that is no multiple of 4 are copied."""
         # A file mapped into memory may place them anywhere; copied here once, they can be viewed
         # as fp32 in every forward.
-        if name != "weight" and name in _STATE and param is not None and _is_misaligned(param):
+        if name != "weight" and name in _STATE and param is not None and is_misaligned(param):
             copy = _frozen(param.detach().clone())
             copy.__dict__.update(param.__dict__)
             param = copy
@@ -379,7 +379,8 @@ def state_of(q: QuantizedTensor) -> dict[str, Tensor]:
     return state
 
 
-def _as_fp32(raw: Tensor) -> Tensor:
+def as_fp32(raw: Tensor) -> Tensor:
+    """The fp32 values whose bytes a uint8 tensor holds in its last dimension."""
     # Misaligned only when put in place around register_parameter. The compiler cannot trace the
     # question, and checks the alignment of its inputs itself.
     if not torch.compiler.is_compiling() and raw.storage_offset() % 4:
@@ -387,7 +388,8 @@ def _as_fp32(raw: Tensor) -> Tensor:
     return raw.view(torch.float32)
 
 
-def _is_misaligned(param: Tensor) -> bool:
+def is_misaligned(param: Tensor) -> bool:
+    """Whether the bytes of fp32 values lie where they cannot be read as such."""
     if param.storage_offset() % 4:
         return True
     # Fake, sharded and other wrapper tensors have no address of their own.
