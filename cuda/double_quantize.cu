@@ -25,14 +25,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
+#include "device/dynamic_code.cuh"
 #include "device/encode.cuh"
 #include "device/group_sum.cuh"
 #include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
 #include "host/launch.h"
-#include "starting_ranks.h"
+#include "nearest_code.h"
 
 namespace qlora_native::cuda {
 namespace {
@@ -121,25 +121,8 @@ __device__ __forceinline__ float mean_of_lanes(LaneSum lane_sum) {
 
 /// What the search of the dynamic map reads, at random: it belongs into shared memory. As words,
 /// which a thread block copies at once.
-struct alignas(16) MapTables {
-  StartingRanks starts;
-  float points[256];  ///< the decision points, and infinity: nothing lies above the last entry
-};
-constexpr MapTables map_tables() {
-  MapTables tables{kStartingRanks, {}};
-  for (int i = 0; i < 255; ++i) tables.points[i] = kSignedDynamicMap.decision_points[i];
-  tables.points[255] = std::numeric_limits<float>::infinity();
-  return tables;
-}
-static __device__ const MapTables kMapTables = map_tables();
-constexpr int kMapVectors = sizeof(MapTables) / sizeof(uint4);
-
-/// encode_dynamic for finite values by one comparison.
-__device__ __forceinline__ uint32_t nearest_code(const MapTables& tables, float x) {
-  const uint32_t bits = __float_as_uint(x);
-  const uint32_t rank = tables.starts.ranks[bits >> 31][StartingRanks::bucket(bits & 0x7fffffffu)];
-  return rank + (x > tables.points[rank] ? 1 : 0);
-}
+static __device__ const SignedCodeTable kCodeTable = kSignedCodeTable;
+constexpr int kTableVectors = sizeof(SignedCodeTable) / sizeof(uint4);
 
 struct EncodeParams {
   const float* absmax;
@@ -183,7 +166,7 @@ __device__ __forceinline__ void store_codes(const EncodeParams& p, int64_t group
   }
 }
 
-__device__ __forceinline__ void encode_group(const EncodeParams& p, const MapTables& tables,
+__device__ __forceinline__ void encode_group(const EncodeParams& p, const SignedCodeTable& tables,
                                              float offset, int64_t group,
                                              float (&values)[kSlotsPerLane]) {
   const int64_t first = first_block_of_lane(group);
@@ -199,7 +182,7 @@ __device__ __forceinline__ void encode_group(const EncodeParams& p, const MapTab
 #pragma unroll
   for (int j = 0; j < kSlotsPerLane; ++j) {
     // Of a NaN too: its place lies in the tables, and the code is not used.
-    const uint32_t code = nearest_code(tables, __fmul_rn(values[j], scale.reciprocal));
+    const uint32_t code = find_code(tables, __fmul_rn(values[j], scale.reciprocal));
     codes[j] = scale.valid ? code : kSignedDynamicZeroCode;
   }
   store_codes(p, group, codes);
@@ -207,12 +190,12 @@ __device__ __forceinline__ void encode_group(const EncodeParams& p, const MapTab
 
 __global__ void __launch_bounds__(kSumLanes)
     encode_absmax_kernel(const __grid_constant__ EncodeParams p) {
-  __shared__ uint4 table_vectors[kMapVectors];
-  static_assert(kMapVectors <= kSumLanes);
+  __shared__ uint4 table_vectors[kTableVectors];
+  static_assert(kTableVectors <= kSumLanes);
   // All loads are issued before anything waits for one.
   uint4 table_vector{};
-  if (threadIdx.x < kMapVectors) {
-    table_vector = reinterpret_cast<const uint4*>(&kMapTables)[threadIdx.x];
+  if (threadIdx.x < kTableVectors) {
+    table_vector = reinterpret_cast<const uint4*>(&kCodeTable)[threadIdx.x];
   }
   // Warps of different thread blocks take neighbouring groups: all SMs have work when it is little.
   const int64_t step = static_cast<int64_t>(gridDim.x) * kEncodeWarps;
@@ -226,7 +209,7 @@ __global__ void __launch_bounds__(kSumLanes)
   } else {
     offset = *p.pinned_offset;
   }
-  if (threadIdx.x < kMapVectors) table_vectors[threadIdx.x] = table_vector;
+  if (threadIdx.x < kTableVectors) table_vectors[threadIdx.x] = table_vector;
   if (p.pinned_offset == nullptr) {
     offset = mean_of_lanes(lane_sum);
   } else {
@@ -235,7 +218,7 @@ __global__ void __launch_bounds__(kSumLanes)
   if (blockIdx.x == 0 && threadIdx.x == 0 && p.out.offset != p.pinned_offset) {
     *p.out.offset = offset;
   }
-  const auto& tables = *reinterpret_cast<const MapTables*>(table_vectors);
+  const auto& tables = *reinterpret_cast<const SignedCodeTable*>(table_vectors);
   while (group < p.groups) {
     float next[kSlotsPerLane];
     if (group + step < p.groups) load_absmax(p, group + step, next);

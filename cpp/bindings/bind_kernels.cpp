@@ -69,8 +69,9 @@ std::pair<std::string, bool> selected_kernel(const std::string& op_name, int64_t
           {nowhere, m, rows, rows, dtype, device}, weight, {nowhere, m, cols, cols, dtype, device}};
       return {qn::selected_kernel(args), qn::matmul_4bit_transposed_plan(args).prefers_dense};
     }
+    default:
+      throw qn::InvalidArgument(op_name + " has no 4-bit weight whose shape would pick a kernel");
   }
-  throw qn::InvalidArgument("no operation named '" + op_name + "'");
 }
 
 }  // namespace

@@ -131,6 +131,7 @@ void bind_codebooks(nb::module_& m) {
   m.def("named_codebook", &named_codebook, "quant_type"_a);
   m.def("custom_codebook", &custom_codebook, "values"_a);
   m.def("signed_dynamic_map", [] { return std::to_array(qn::kSignedDynamicMap.values); });
+  m.def("unsigned_dynamic_map", [] { return std::to_array(qn::kUnsignedDynamicMap.values); });
   m.def("is_valid_block_size", &qn::is_valid_block_size, "block_size"_a);
   m.attr("GROUP_SIZE") = qn::kGroupSize;
 }

@@ -65,4 +65,5 @@ NB_MODULE(_C, m) {
   bind_ops(m);
   bind_eager(m);
   bind_memory(m);
+  bind_optimizer(m);
 }

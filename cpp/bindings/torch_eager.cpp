@@ -7,20 +7,6 @@ namespace qn = qlora_native;
 
 namespace {
 
-/// The table of our major version, or null.
-const dlpack::ExchangeApi* exchange_api(nb::handle capsule) {
-  if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeApiCapsule)) return nullptr;
-  auto* header = static_cast<const dlpack::ExchangeApiHeader*>(
-      PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeApiCapsule));
-  while (header != nullptr && header->major_version != dlpack::kMajorVersion) {
-    header = header->older;
-  }
-  // The header is the table's first member.
-  auto* const api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
-  return api != nullptr && api->describe != nullptr && api->current_stream != nullptr ? api
-                                                                                      : nullptr;
-}
-
 nb::object interned(const char* text) { return nb::steal(PyUnicode_InternFromString(text)); }
 
 /// A tuple of integers. Throws what Python raises.
@@ -52,6 +38,19 @@ bool is_false(PyObject* object) {
 
 }  // namespace
 
+const dlpack::ExchangeApi* find_exchange_api(nb::handle capsule) {
+  if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeApiCapsule)) return nullptr;
+  auto* header = static_cast<const dlpack::ExchangeApiHeader*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeApiCapsule));
+  while (header != nullptr && header->major_version != dlpack::kMajorVersion) {
+    header = header->older;
+  }
+  // The header is the table's first member.
+  auto* const api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+  return api != nullptr && api->describe != nullptr && api->current_stream != nullptr ? api
+                                                                                      : nullptr;
+}
+
 Query::Query(nb::object callable) : callable_(std::move(callable)) {
   if (!PyCFunction_Check(callable_.ptr())) return;
   if ((PyCFunction_GetFlags(callable_.ptr()) & METH_NOARGS) == 0) return;
@@ -69,7 +68,7 @@ nb::object Query::operator()() const {
 bool Query::is_true() const { return !is_false((*this)().ptr()); }
 
 Torch::Torch(const TorchFunctions& functions)
-    : api_(exchange_api(functions.exchange_api)),
+    : api_(find_exchange_api(functions.exchange_api)),
       functions_(functions),
       forward_ad_(nb::borrow<nb::dict>(functions.forward_ad.attr("__dict__"))),
       is_autocast_enabled_(functions.is_autocast_enabled),

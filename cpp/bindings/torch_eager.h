@@ -116,6 +116,8 @@ class Torch {
   std::array<nanobind::object, 4> names_;
 };
 
+/// The table of our major version of DLPack in a capsule, or null.
+const dlpack::ExchangeApi* find_exchange_api(nanobind::handle capsule);
 /// The library's dtype of a DLPack one; false when it is none of ours.
 bool float_dtype_of(dlpack::DataType dtype, qlora_native::DType* out);
 qlora_native::Device device_of(dlpack::Device device);

@@ -11,6 +11,7 @@
 #include "qlora_native/device.h"
 #include "qlora_native/kernels.h"
 #include "qlora_native/matmul.h"
+#include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
 
 namespace qlora_native {
@@ -21,6 +22,8 @@ struct Backend {
   KernelTable<DequantizeArgs> dequantize;
   KernelTable<MatmulArgs> matmul;
   KernelTable<MatmulTransposedArgs> matmul_transposed;
+  KernelTable<OptimizerStepArgs> optimizer_step;
+  KernelTable<GradientNormArgs> gradient_norm;
   /// The usable devices of this type; empty when there is none. Does not throw.
   std::vector<DeviceInfo> (*list_devices)();
   /// Why `list_devices` is empty, or "".
@@ -67,6 +70,18 @@ struct OpTraits<MatmulTransposedArgs> {
   static constexpr Op kOp = Op::kMatmul4bitTransposed;
   static constexpr auto kTable = &Backend::matmul_transposed;
   static Device device(const MatmulTransposedArgs& args) { return args.weight.device; }
+};
+template <>
+struct OpTraits<OptimizerStepArgs> {
+  static constexpr Op kOp = Op::kOptimizerStep;
+  static constexpr auto kTable = &Backend::optimizer_step;
+  static Device device(const OptimizerStepArgs& args) { return args.device; }
+};
+template <>
+struct OpTraits<GradientNormArgs> {
+  static constexpr Op kOp = Op::kGradientNorm;
+  static constexpr auto kTable = &Backend::gradient_norm;
+  static Device device(const GradientNormArgs& args) { return args.device; }
 };
 
 }  // namespace qlora_native

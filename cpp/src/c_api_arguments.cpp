@@ -8,15 +8,6 @@
 namespace qlora_native::c_api {
 namespace {
 
-void check_alignment(const char* function, const char* what, const void* data, int64_t alignment) {
-  if (data != nullptr) check_pointer(function, what, data, static_cast<uint64_t>(alignment));
-}
-
-DType to_dtype(const char* function, qn_dtype dtype) {
-  check_enum(function, "dtype", dtype, QN_BFLOAT16 + 1);
-  return static_cast<DType>(dtype);
-}
-
 MutableQuantizedView to_weight(const char* function, const char* what, const qn_weight* given) {
   const qn_weight weight = read_struct(function, what, given);
   check_reserved(function, what, weight.reserved);
@@ -55,11 +46,20 @@ int64_t count_elements(const View& view) {
 
 }  // namespace
 
+void check_alignment(const char* function, const char* what, const void* data, int64_t alignment) {
+  if (data != nullptr) check_pointer(function, what, data, static_cast<uint64_t>(alignment));
+}
+
 void check_reserved(const char* function, const char* what, int32_t reserved) {
   if (reserved != 0) {
     fail(function,
          "reserved of " + std::string(what) + " is " + std::to_string(reserved) + ", expected 0");
   }
+}
+
+DType to_dtype(const char* function, qn_dtype dtype) {
+  check_enum(function, "dtype", dtype, QN_BFLOAT16 + 1);
+  return static_cast<DType>(dtype);
 }
 
 Device to_device(const char* function, qn_device_type type, int32_t index) {

@@ -12,7 +12,10 @@
 
 namespace qlora_native::c_api {
 
+// What conversions of several files need.
+void check_alignment(const char* function, const char* what, const void* data, int64_t alignment);
 void check_reserved(const char* function, const char* what, int32_t reserved);
+DType to_dtype(const char* function, qn_dtype dtype);
 Device to_device(const char* function, qn_device_type type, int32_t index);
 
 /// `custom_values` must be there for kCustom and nowhere else. Does not look at its values.

@@ -23,8 +23,9 @@ using qn::c_api::fail;
 using qn::c_api::guarded;
 using qn::c_api::write_struct;
 
-static_assert(std::size(qn::kAllOps) == QN_MATMUL_4BIT_TRANSPOSED + 1);
+static_assert(std::size(qn::kAllOps) == QN_GRADIENT_NORM + 1);
 static_assert(static_cast<int32_t>(qn::Op::kMatmul4bit) == QN_MATMUL_4BIT);
+static_assert(static_cast<int32_t>(qn::Op::kOptimizerStep) == QN_OPTIMIZER_STEP);
 static_assert(static_cast<int32_t>(qn::QuantType::kCustom) == QN_CUSTOM);
 static_assert(static_cast<int32_t>(qn::DType::kBFloat16) == QN_BFLOAT16);
 static_assert(static_cast<int32_t>(qn::DeviceType::kCuda) == QN_CUDA);
@@ -49,6 +50,13 @@ qn::Op op_of(const char* function, qn_op op) {
 qn::DeviceType device_type_of(const char* function, qn_device_type type) {
   check_device_type(function, type);
   return static_cast<qn::DeviceType>(type);
+}
+
+qn_status write_map(const char* name, const qn::DynamicMap& map, float* values) {
+  return guarded(name, [&](const char* function) {
+    check_pointer(function, "values", values, alignof(float));
+    std::copy(std::begin(map.values), std::end(map.values), values);
+  });
 }
 
 }  // namespace
@@ -97,11 +105,11 @@ qn_status qn_describe_codebook(qn_quant_type quant_type, const float* custom_val
 }
 
 qn_status qn_signed_dynamic_map(float* values) {
-  return guarded(__func__, [&](const char* function) {
-    check_pointer(function, "values", values, alignof(float));
-    std::copy(std::begin(qn::kSignedDynamicMap.values), std::end(qn::kSignedDynamicMap.values),
-              values);
-  });
+  return write_map(__func__, qn::kSignedDynamicMap, values);
+}
+
+qn_status qn_unsigned_dynamic_map(float* values) {
+  return write_map(__func__, qn::kUnsignedDynamicMap, values);
 }
 
 qn_status qn_describe_weight(int64_t rows, int64_t cols, int64_t block_size,

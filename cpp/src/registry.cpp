@@ -76,6 +76,10 @@ const char* name(Op op) {
       return "matmul_4bit";
     case Op::kMatmul4bitTransposed:
       return "matmul_4bit_transposed";
+    case Op::kOptimizerStep:
+      return "optimizer_step";
+    case Op::kGradientNorm:
+      return "gradient_norm";
   }
   return "unknown";
 }
@@ -88,6 +92,8 @@ std::vector<KernelInfo> list_kernels() {
     append_kernels<DequantizeArgs>(backend, &kernels);
     append_kernels<MatmulArgs>(backend, &kernels);
     append_kernels<MatmulTransposedArgs>(backend, &kernels);
+    append_kernels<OptimizerStepArgs>(backend, &kernels);
+    append_kernels<GradientNormArgs>(backend, &kernels);
   }
   return kernels;
 }
@@ -112,6 +118,12 @@ void force_kernel(Op op, DeviceType device, const std::string& kernel_name) {
       break;
     case Op::kMatmul4bitTransposed:
       names = names_of(backend.matmul_transposed);
+      break;
+    case Op::kOptimizerStep:
+      names = names_of(backend.optimizer_step);
+      break;
+    case Op::kGradientNorm:
+      names = names_of(backend.gradient_norm);
       break;
   }
   std::string known;
@@ -147,5 +159,7 @@ std::string selected_kernel(const QuantizeArgs& args) { return validated_selecti
 std::string selected_kernel(const DequantizeArgs& args) { return validated_selection(args); }
 std::string selected_kernel(const MatmulArgs& args) { return validated_selection(args); }
 std::string selected_kernel(const MatmulTransposedArgs& args) { return validated_selection(args); }
+std::string selected_kernel(const OptimizerStepArgs& args) { return validated_selection(args); }
+std::string selected_kernel(const GradientNormArgs& args) { return validated_selection(args); }
 
 }  // namespace qlora_native

@@ -1,20 +1,12 @@
 #include "validate.h"
 
 #include <cmath>
-#include <sstream>
 #include <string>
 
-#include "qlora_native/error.h"
+#include "validation_failure.h"
 
 namespace qlora_native {
 namespace {
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw InvalidArgument(message.str());
-}
 
 void check_dtype(const char* op, const char* what, DType dtype) {
   const auto code = static_cast<int32_t>(dtype);

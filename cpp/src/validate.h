@@ -5,6 +5,7 @@
 #include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/matmul.h"
+#include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
 
 namespace qlora_native {
@@ -13,6 +14,8 @@ void validate(const QuantizeArgs& args);
 void validate(const DequantizeArgs& args);
 void validate(const MatmulArgs& args);
 void validate(const MatmulTransposedArgs& args);
+void validate(const OptimizerStepArgs& args);
+void validate(const GradientNormArgs& args);
 
 /// The parts of those checks that need no arrays; `op` begins the message.
 void validate(const char* op, const Codebook& book);

@@ -84,6 +84,7 @@ class Codebook:
 def named_codebook(quant_type: str) -> Codebook: ...
 def custom_codebook(values: Sequence[float]) -> Codebook: ...
 def signed_dynamic_map() -> list[float]: ...
+def unsigned_dynamic_map() -> list[float]: ...
 def is_valid_block_size(block_size: int) -> bool: ...
 
 GROUP_SIZE: int = ...
@@ -310,3 +311,48 @@ class PagedPool:
 
 def automatic_backing(device: int) -> tuple[str, str]:
     """The backing that "auto" stands for on a device, and why."""
+
+STATE_BLOCK_SIZE: int = ...
+
+SIGNED_DYNAMIC_ZERO_CODE: int = ...
+
+class OptimizerStepper:
+    """Reads a torch optimizer's tensors and runs its steps."""
+
+    def __init__(
+        self,
+        *,
+        exchange_api: object | None,
+        dtypes: Sequence,
+        current_stream: object,
+        empty_bytes: object,
+    ) -> None: ...
+    def read(self, groups: list, state: dict) -> list[tuple[int, int]]:
+        """
+        Reads what the next step takes; returns (group, index) of parameters without state.
+        """
+
+    def devices(self) -> list[int]:
+        """The devices of what was read: -1 is the CPU, i >= 0 is CUDA device i."""
+
+    def params(self) -> list:
+        """The parameters that were read."""
+
+    def release(self) -> None:
+        """Forgets what was read."""
+
+    def gradient_norm(self, device: int, norm: object) -> None: ...
+    def step(
+        self,
+        device: int,
+        *,
+        algorithm: str,
+        groups: Sequence[tuple[float, object, float, float, float, float, bool]],
+        grad_scale: object | None,
+        found_inf: object | None,
+        grad_norm: object | None,
+        max_norm: float,
+        skip_nonfinite: bool,
+        stochastic_rounding: bool,
+        seed: int,
+    ) -> None: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qlora_native import hf, kernels, memory, nn
+from qlora_native import hf, kernels, memory, nn, optim
 from qlora_native._C import CudaError, __version__, cuda_unavailable_reason, list_devices
 from qlora_native.functional import (
     QUANT_TYPES,
@@ -39,6 +39,7 @@ __all__ = [
     "memory",
     "merge_lora",
     "nn",
+    "optim",
     "prepare_for_training",
     "quantize_4bit",
     "quantize_model",

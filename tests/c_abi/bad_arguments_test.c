@@ -267,6 +267,7 @@ static void test_queries_arguments(void) {
   CHECK_REFUSED(qn_describe_codebook(QN_CUSTOM, values, &book), "must ascend");
   CHECK(book.zero_code == 99);
   CHECK_REFUSED(qn_signed_dynamic_map(NULL), "values is null");
+  CHECK_REFUSED(qn_unsigned_dynamic_map(NULL), "values is null");
   CHECK_REFUSED(qn_signed_dynamic_map(odd(values)), "values is not aligned");
 
   qn_weight_sizes sizes = {.struct_size = sizeof(sizes), .num_blocks = 99};
@@ -298,9 +299,9 @@ static void test_queries_arguments(void) {
   CHECK_REFUSED(qn_forced_kernel(QN_MATMUL_4BIT, 2, text, 8), "device_type 2");
   CHECK_REFUSED(qn_last_kernel(QN_MATMUL_4BIT, NULL, 8), "name is null");
   CHECK_REFUSED(qn_last_kernel(QN_MATMUL_4BIT, text, -8), "name has -8 bytes");
-  CHECK_REFUSED(qn_last_kernel(4, text, 8), "operation 4");
+  CHECK_REFUSED(qn_last_kernel(6, text, 8), "operation 6");
   CHECK(strcmp(text, "abc") == 0);
-  CHECK_REFUSED(qn_force_kernel(4, QN_CPU, "scalar"), "operation 4");
+  CHECK_REFUSED(qn_force_kernel(6, QN_CPU, "scalar"), "operation 6");
   CHECK_REFUSED(qn_force_kernel(QN_MATMUL_4BIT, -1, "scalar"), "device_type -1");
   CHECK_REFUSED(qn_force_kernel(QN_MATMUL_4BIT, QN_CPU, NULL), "name is null");
   CHECK_REFUSED(qn_force_kernel(QN_MATMUL_4BIT, QN_CPU, ""), "name is empty");

@@ -1,5 +1,6 @@
 // The tables of codebook.h against their definitions, recomputed in fp64.
 #include "qlora_native/codebook.h"
+#include "nearest_code.h"
 
 #include <gtest/gtest.h>
 
@@ -123,17 +124,44 @@ TEST(DynamicMap, HoldsTheSlicesOfItsDecades) {
   EXPECT_EQ(kSignedDynamicMap.values[kSignedDynamicZeroCode], 0.0f);
 }
 
-TEST(DynamicMap, EncodesTheNearestEntryOfEveryNeighbourhood) {
-  const auto distance = [](float x, int i) {
-    return std::fabs(static_cast<long double>(x) - kSignedDynamicMap.values[i]);
-  };
-  for (int i = 0; i < 255; ++i) {
-    const float point = kSignedDynamicMap.decision_points[i];
-    for (const float x : {std::nextafter(point, -2.0f), point, std::nextafter(point, 2.0f)}) {
-      const int nearest = distance(x, i + 1) < distance(x, i) ? i + 1 : i;
-      EXPECT_EQ(encode_dynamic(kSignedDynamicMap, x), nearest) << x;
+TEST(DynamicMap, TheUnsignedOneHasTwiceAsManySlices) {
+  std::vector<double> expected = {0.0};
+  for (int decade = 0; decade < 7; ++decade) {
+    const int slices = 2 << decade;
+    for (int i = 0; i < slices; ++i) {
+      expected.push_back((0.1 + 0.9 * (i + 0.5) / slices) * std::pow(10.0, decade - 6));
     }
   }
+  expected.push_back(1.0);
+  ASSERT_EQ(expected.size(), 256u);
+  for (size_t i = 0; i < 256; ++i) {
+    EXPECT_NEAR(kUnsignedDynamicMap.values[i], expected[i], 2e-7 * expected[i]) << i;
+  }
+}
+
+/// The bisection and the tables, around every decision point of a map.
+template <class Table>
+void expect_nearest(const DynamicMap& map, const Table& table) {
+  const auto distance = [&](float x, int i) {
+    return std::fabs(static_cast<long double>(x) - map.values[i]);
+  };
+  for (int i = 0; i < 255; ++i) {
+    const float point = map.decision_points[i];
+    for (const float x : {std::nextafter(point, -2.0f), point, std::nextafter(point, 2.0f)}) {
+      const int nearest = distance(x, i + 1) < distance(x, i) ? i + 1 : i;
+      EXPECT_EQ(encode_dynamic(map, x), nearest) << x;
+      EXPECT_EQ(nearest_code(table, x), nearest) << x;
+    }
+  }
+  for (const float x : {0.0f, 1.0f, 1.1f, 1e-30f, std::numeric_limits<float>::denorm_min()}) {
+    EXPECT_EQ(nearest_code(table, x), encode_dynamic(map, x)) << x;
+  }
+}
+
+TEST(DynamicMap, EncodesTheNearestEntryOfEveryNeighbourhood) {
+  expect_nearest(kSignedDynamicMap, kSignedCodeTable);
+  expect_nearest(kUnsignedDynamicMap, kUnsignedCodeTable);
+  EXPECT_EQ(nearest_code(kSignedCodeTable, -1.0f), 0);
   EXPECT_EQ(encode_dynamic(kSignedDynamicMap, -1.0f), 0);
   EXPECT_EQ(encode_dynamic(kSignedDynamicMap, 1.0f), 255);
 }

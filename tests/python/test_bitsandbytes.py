@@ -125,11 +125,12 @@ def test_they_read_what_we_wrote(device, nested):
     assert torch.equal(bnb.dequantize_4bit(q.packed.view(-1, 1), state), q.dequantize())
 
 
-def test_the_dynamic_map_is_theirs():
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_dynamic_maps_are_theirs(signed):
     from qlora_native import _C
 
-    theirs = bnb.create_dynamic_map(signed=True)
-    ours = torch.tensor(_C.signed_dynamic_map())
+    theirs = bnb.create_dynamic_map(signed=signed)
+    ours = torch.tensor(_C.signed_dynamic_map() if signed else _C.unsigned_dynamic_map())
     # PyTorch's linspace rounds differently on a CPU without AVX2; the map moves by an ulp there.
     torch.testing.assert_close(ours, theirs, rtol=2e-7, atol=0)
     if "AVX" in torch.backends.cpu.get_cpu_capability():

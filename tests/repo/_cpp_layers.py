@@ -32,14 +32,15 @@ LAYERS = (
     Layer("operations", (*_public("quantize", "dequantize", "matmul", "optimizer", "memory"),)),
     Layer("kernels", _public("kernels")),
     Layer("umbrella", _public("qlora_native")),
-    Layer("c_abi", _public("c_api", "c_api_memory")),
+    Layer("c_abi", _public("c_api", "c_api_memory", "c_api_optimizer")),
     Layer(
         "backend",
         (
             "cpp/src/kernel_table.h",
             "cpp/src/backend.h",
+            "cpp/src/nearest_code.h",
+            "cpp/src/optimizer_math.h",
             "cpp/src/paged_driver.h",
-            "cpp/src/starting_ranks.h",
         ),
         not_from=("umbrella", "c_abi"),
     ),

@@ -59,7 +59,9 @@ enum {
   QN_QUANTIZE_4BIT = 0,
   QN_DEQUANTIZE_4BIT = 1,
   QN_MATMUL_4BIT = 2,
-  QN_MATMUL_4BIT_TRANSPOSED = 3
+  QN_MATMUL_4BIT_TRANSPOSED = 3,
+  QN_OPTIMIZER_STEP = 4,
+  QN_GRADIENT_NORM = 5
 };
 
 enum {
@@ -115,8 +117,10 @@ typedef struct qn_codebook {
 QN_API qn_status qn_describe_codebook(qn_quant_type quant_type, const float* custom_values,
                                       qn_codebook* codebook);
 
-/* Writes the 256 values of the 8-bit map of the double quantization, ascending, to `values`. */
+/* Write the 256 values of a dynamic 8-bit map, ascending, to `values`: the signed one is that of the
+ * double quantization and of first moments, the unsigned one that of second moments. */
 QN_API qn_status qn_signed_dynamic_map(float* values);
+QN_API qn_status qn_unsigned_dynamic_map(float* values);
 
 typedef struct qn_weight_sizes {
   uint64_t struct_size;

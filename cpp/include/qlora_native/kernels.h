@@ -9,15 +9,24 @@
 #include "qlora_native/device.h"
 #include "qlora_native/export.h"
 #include "qlora_native/matmul.h"
+#include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
 
 namespace qlora_native {
 
-enum class Op : int32_t { kQuantize4bit = 0, kDequantize4bit, kMatmul4bit, kMatmul4bitTransposed };
-inline constexpr Op kAllOps[] = {Op::kQuantize4bit, Op::kDequantize4bit, Op::kMatmul4bit,
-                                 Op::kMatmul4bitTransposed};
+enum class Op : int32_t {
+  kQuantize4bit = 0,
+  kDequantize4bit,
+  kMatmul4bit,
+  kMatmul4bitTransposed,
+  kOptimizerStep,
+  kGradientNorm
+};
+inline constexpr Op kAllOps[] = {Op::kQuantize4bit,         Op::kDequantize4bit, Op::kMatmul4bit,
+                                 Op::kMatmul4bitTransposed, Op::kOptimizerStep,  Op::kGradientNorm};
 
-/// "quantize_4bit", "dequantize_4bit", "matmul_4bit", "matmul_4bit_transposed".
+/// "quantize_4bit", "dequantize_4bit", "matmul_4bit", "matmul_4bit_transposed", "optimizer_step",
+/// "gradient_norm".
 QN_API const char* name(Op op);
 
 struct KernelInfo {
@@ -50,5 +59,7 @@ QN_API std::string selected_kernel(const QuantizeArgs& args);
 QN_API std::string selected_kernel(const DequantizeArgs& args);
 QN_API std::string selected_kernel(const MatmulArgs& args);
 QN_API std::string selected_kernel(const MatmulTransposedArgs& args);
+QN_API std::string selected_kernel(const OptimizerStepArgs& args);
+QN_API std::string selected_kernel(const GradientNormArgs& args);
 
 }  // namespace qlora_native

@@ -10,6 +10,7 @@
 #include "qlora_native/kernels.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/memory.h"
+#include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
 #include "qlora_native/quantized.h"
 #include "qlora_native/stream.h"

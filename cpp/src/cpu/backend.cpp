@@ -87,6 +87,17 @@ void product(const Args& args, Workspace workspace, Stream) {
   kRun(args, workspace);
 }
 
+template <StepElementsFn kStep>
+void step(const OptimizerStepArgs& args, Workspace workspace, Stream) {
+  const DefaultFloatScope float_scope;
+  run_optimizer_step(args, workspace, kStep);
+}
+
+void norm(const GradientNormArgs& args, Workspace workspace, Stream) {
+  const DefaultFloatScope float_scope;
+  gradient_norm_scalar(args, workspace);
+}
+
 #if defined(QN_CPU_X86)
 template <class Args>
 using ProductFn = void (*)(const Args&, Workspace);
@@ -186,6 +197,30 @@ constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposed[] = {
      .dense_is_faster = true},
 };
 
+constexpr KernelEntry<OptimizerStepArgs> kOptimizerStep[] = {
+#if defined(QN_CPU_X86)
+    {.name = "avx512",
+     .usable = avx512_usable,
+     .workspace_bytes = optimizer_step_workspace_bytes,
+     .run = step<step_elements_avx512>},
+    {.name = "avx2",
+     .usable = avx2_usable,
+     .workspace_bytes = optimizer_step_workspace_bytes,
+     .run = step<step_elements_avx2>},
+#endif
+    {.name = "scalar",
+     .usable = always_usable,
+     .workspace_bytes = optimizer_step_workspace_bytes,
+     .run = step<step_elements_scalar>},
+};
+
+constexpr KernelEntry<GradientNormArgs> kGradientNorm[] = {
+    {.name = "scalar",
+     .usable = always_usable,
+     .workspace_bytes = gradient_norm_workspace_bytes,
+     .run = norm},
+};
+
 std::vector<DeviceInfo> list_devices() {
   const CpuFeatures& features = cpu_features();
   return {{Device::cpu(), features.brand, to_string(features), physical_memory_bytes()}};
@@ -200,6 +235,8 @@ const Backend& backend() {
       .dequantize = kDequantize,
       .matmul = kMatmul,
       .matmul_transposed = kMatmulTransposed,
+      .optimizer_step = kOptimizerStep,
+      .gradient_norm = kGradientNorm,
       .list_devices = list_devices,
       .unavailable_reason = [] { return std::string(); },
   };

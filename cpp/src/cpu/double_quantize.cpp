@@ -13,7 +13,7 @@
 #include "cpu/element.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "starting_ranks.h"
+#include "nearest_code.h"
 
 namespace qlora_native::cpu {
 namespace {
@@ -65,15 +65,6 @@ float mean_absmax(const float* absmax, int64_t blocks, double* partials) {
                                          static_cast<double>(count));
 }
 
-/// encode_dynamic of a finite float, by one comparison: no chain of loads, no branch on noise.
-uint8_t nearest_code(float x) {
-  const uint32_t bits = float_bits(x);
-  const uint8_t rank = kStartingRanks.ranks[bits >> 31][StartingRanks::bucket(bits & 0x7fffffffu)];
-  // Nothing lies above the last entry.
-  const float point = kSignedDynamicMap.decision_points[rank < 255 ? rank : 254];
-  return static_cast<uint8_t>(rank + static_cast<int>(rank < 255 && x > point));
-}
-
 void encode_group(const float* absmax, int64_t count, float offset, uint8_t* codes,
                   float* absmax2) {
   // As integers magnitudes order like floats, with infinity and NaN at the top.
@@ -91,7 +82,9 @@ void encode_group(const float* absmax, int64_t count, float offset, uint8_t* cod
     std::memset(codes, kSignedDynamicZeroCode, static_cast<size_t>(count));
     return;
   }
-  for (int64_t i = 0; i < count; ++i) codes[i] = nearest_code((absmax[i] - offset) * reciprocal);
+  for (int64_t i = 0; i < count; ++i) {
+    codes[i] = nearest_code(kSignedCodeTable, (absmax[i] - offset) * reciprocal);
+  }
 }
 
 }  // namespace

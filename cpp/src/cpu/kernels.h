@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <string>
 
+#include "optimizer_math.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/matmul.h"
+#include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
 
 namespace qlora_native::cpu {
@@ -42,6 +44,32 @@ void run_dequantize(const DequantizeArgs& args, DecodeBlocksFn decode);
 /// Decodes elements [begin, begin + count) of the weight to fp32. The reference of every other
 /// decoder.
 void decode_elements(const QuantizedView& weight, int64_t begin, int64_t count, float* out);
+
+// ---- optimizer ----
+
+/// What a step has in common for all tensors.
+struct StepCall {
+  OptimizerAlgorithm algorithm;
+  bool stochastic_rounding;
+  uint64_t seed;
+};
+
+/// Updates elements [first, last) of a tensor; `first` is where a block of its state starts, and
+/// `last` too unless it is the end.
+using StepElementsFn = void (*)(const StepCall& call, const OptimizerTensor& tensor,
+                                const StepScalars& scalars, int64_t first, int64_t last);
+void step_elements_scalar(const StepCall& call, const OptimizerTensor& tensor,
+                          const StepScalars& scalars, int64_t first, int64_t last);
+void step_elements_avx2(const StepCall& call, const OptimizerTensor& tensor,
+                        const StepScalars& scalars, int64_t first, int64_t last);
+void step_elements_avx512(const StepCall& call, const OptimizerTensor& tensor,
+                          const StepScalars& scalars, int64_t first, int64_t last);
+
+int64_t optimizer_step_workspace_bytes(const OptimizerStepArgs& args);
+void run_optimizer_step(const OptimizerStepArgs& args, Workspace workspace, StepElementsFn step);
+
+int64_t gradient_norm_workspace_bytes(const GradientNormArgs& args);
+void gradient_norm_scalar(const GradientNormArgs& args, Workspace workspace);
 
 // ---- matmul, reference ----
 

@@ -4,9 +4,11 @@ set(QLORA_NATIVE_CPU_SOURCES
   cpp/src/cpu/cpu_features.cpp
   cpp/src/cpu/dequantize.cpp
   cpp/src/cpu/double_quantize.cpp
+  cpp/src/cpu/gradient_norm.cpp
   cpp/src/cpu/matmul.cpp
   cpp/src/cpu/matmul_scalar.cpp
   cpp/src/cpu/memory.cpp
+  cpp/src/cpu/optimizer.cpp
   cpp/src/cpu/parallel.cpp
   cpp/src/cpu/quantize.cpp)
 
@@ -15,11 +17,13 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     cpp/src/cpu/dequantize_avx2.cpp
     cpp/src/cpu/gemm_avx2.cpp
     cpp/src/cpu/gemv_avx2.cpp
+    cpp/src/cpu/optimizer_avx2.cpp
     cpp/src/cpu/quantize_avx2.cpp)
   set(qn_cpu_avx512_sources
     cpp/src/cpu/dequantize_avx512.cpp
     cpp/src/cpu/gemm_avx512.cpp
     cpp/src/cpu/gemv_avx512.cpp
+    cpp/src/cpu/optimizer_avx512.cpp
     cpp/src/cpu/quantize_avx512.cpp)
   list(APPEND QLORA_NATIVE_CPU_SOURCES ${qn_cpu_avx2_sources} ${qn_cpu_avx512_sources})
   set(qn_cpu_avx512_flags "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c")

@@ -17,6 +17,8 @@ const Backend& backend() {
       .dequantize = {},
       .matmul = {},
       .matmul_transposed = {},
+      .optimizer_step = {},
+      .gradient_norm = {},
       .list_devices = [] { return std::vector<DeviceInfo>{}; },
       .unavailable_reason = missing,
   };
