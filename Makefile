@@ -64,6 +64,7 @@ bench: build
 	      $(BENCH_CPP_ARGS) || exit 1; \
 	  fi; \
 	done
+	if [ -x build/python/bench/bench_paged ]; then build/python/bench/bench_paged; fi
 	$(BIN)/python bench/python/peers.py --save $(BENCH_ARGS)
 	$(BIN)/python bench/render.py
 

@@ -1,0 +1,23 @@
+// The link between host and device, as paged memory uses it.
+#pragma once
+
+#include <cstdint>
+
+#include "qlora_native/stream.h"
+
+namespace bench {
+
+/// Bytes per second of copies of `size_bytes` between pinned host memory and the current device.
+struct LinkRates {
+  double to_device;
+  double to_host;
+  double both;  ///< bytes of both directions, at the same time
+};
+
+/// Medians. All zero in a build without CUDA.
+LinkRates measure_link(int64_t size_bytes);
+
+/// Waits for what is queued on a stream; nothing to do on the CPU.
+void synchronize(qlora_native::Stream stream);
+
+}  // namespace bench

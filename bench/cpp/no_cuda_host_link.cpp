@@ -1,0 +1,9 @@
+// In the place of cuda_host_link.cpp where the core is built without CUDA.
+#include "host_link.h"
+
+namespace bench {
+
+LinkRates measure_link(int64_t) { return {}; }
+void synchronize(qlora_native::Stream) {}
+
+}  // namespace bench
