@@ -110,7 +110,10 @@ class CudaDriver final : public PagedDriver {
   Stream to_device_stream() override { return own_stream(to_device_); }
   Stream to_host_stream() override { return own_stream(to_host_); }
 
+  // Default streams, unlike others, are those of the current device: hence the guards.
+
   bool is_capturing(Stream stream) override {
+    const DeviceGuard guard(device_);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     if (cudaStreamIsCapturing(to_cuda(stream), &status) != cudaSuccess) {
       // The legacy default stream, while another one is being captured: it may not be used either.
@@ -121,6 +124,7 @@ class CudaDriver final : public PagedDriver {
   }
 
   PagedEvent record(Stream stream) override {
+    const DeviceGuard guard(device_);
     PagedEvent event(take_event(), [this](void* taken) { put_back(taken); });
     QN_CUDA_TRY(cudaEventRecord(static_cast<cudaEvent_t>(event.get()), to_cuda(stream)));
     return event;
@@ -128,6 +132,7 @@ class CudaDriver final : public PagedDriver {
 
   void wait(Stream stream, const PagedEvent& event) override {
     if (!event) return;
+    const DeviceGuard guard(device_);
     QN_CUDA_TRY(cudaStreamWaitEvent(to_cuda(stream), static_cast<cudaEvent_t>(event.get()), 0));
   }
 
@@ -193,7 +198,6 @@ class CudaDriver final : public PagedDriver {
       idle_events_.pop_back();
       return event;
     }
-    const DeviceGuard guard(device_);
     cudaEvent_t event = nullptr;
     QN_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
     return event;

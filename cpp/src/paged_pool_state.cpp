@@ -264,16 +264,25 @@ void PagedPoolState::acquire(std::span<const PagedRange> ranges, Access access,
 
 void PagedPoolState::release(std::span<const PagedRange> ranges, Stream stream) {
   const auto locked = lock("release");
-  for (const PagedRange& range : ranges) {
-    if (range.size_bytes != 0 && allocation_of("release", range).acquired == 0) {
-      throw InvalidArgument("release: the range of " + bytes_text(range.size_bytes) + " at " +
-                            std::to_string(reinterpret_cast<uintptr_t>(range.data)) +
-                            " is not acquired");
+  size_t count = 0;
+  try {
+    for (; count < ranges.size(); ++count) {
+      const PagedRange& range = ranges[count];
+      if (range.size_bytes == 0) continue;
+      Allocation& allocation = allocation_of("release", range);
+      if (allocation.acquired == 0) {
+        throw InvalidArgument("release: the range of " + bytes_text(range.size_bytes) + " at " +
+                              std::to_string(reinterpret_cast<uintptr_t>(range.data)) +
+                              " is not acquired");
+      }
+      --allocation.acquired;
     }
-  }
-  mover_->release(ranges, stream);
-  for (const PagedRange& range : ranges) {
-    if (range.size_bytes != 0) --allocation_of("release", range).acquired;
+    mover_->release(ranges, stream);
+  } catch (...) {
+    for (const PagedRange& range : ranges.first(count)) {
+      if (range.size_bytes != 0) ++allocation_of("release", range).acquired;
+    }
+    throw;
   }
 }
 

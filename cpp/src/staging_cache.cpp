@@ -209,34 +209,37 @@ void StagingCache::acquire(std::span<const PagedRange> ranges, Access access,
   }
 }
 
-StagingCache::Entries::iterator StagingCache::acquired_entry(PagedRange range) {
-  const auto position = containing(range);
-  if (position == entries_.end() || position->second.acquired == 0) {
-    throw InvalidArgument("release: the range of " + text_of(range) + " is not acquired");
+void StagingCache::release(std::span<const PagedRange> ranges, Stream stream) {
+  std::vector<Entry*> released;
+  try {
+    for (const PagedRange& range : ranges) {
+      if (range.size_bytes == 0) continue;
+      const auto position = containing(range);
+      if (position == entries_.end() || position->second.acquired == 0) {
+        throw InvalidArgument("release: the range of " + text_of(range) + " is not acquired");
+      }
+      released.push_back(&position->second);
+      --position->second.acquired;
+    }
+    const PagedEvent event = driver_.record(stream);
+    for (Entry* const entry : released) entry->add_use(stream, event);
+  } catch (...) {
+    for (Entry* const entry : released) ++entry->acquired;
+    throw;
   }
-  return position;
 }
 
-void StagingCache::release(std::span<const PagedRange> ranges, Stream stream) {
-  for (const PagedRange& range : ranges) {
-    if (range.size_bytes > 0) acquired_entry(range);
+void StagingCache::Entry::add_use(Stream stream, const PagedEvent& event) {
+  const auto use = std::find_if(uses.begin(), uses.end(), [&](const Use& other) {
+    return other.stream.handle() == stream.handle();
+  });
+  if (use == uses.end()) {
+    uses.push_back({stream, event});
+  } else {
+    use->event = event;
   }
-  const PagedEvent event = driver_.record(stream);
-  for (const PagedRange& range : ranges) {
-    if (range.size_bytes == 0) continue;
-    Entry& entry = acquired_entry(range)->second;
-    const auto use = std::find_if(entry.uses.begin(), entry.uses.end(), [&](const Use& other) {
-      return other.stream.handle() == stream.handle();
-    });
-    if (use == entry.uses.end()) {
-      entry.uses.push_back({stream, event});
-    } else {
-      use->event = event;
-    }
-    entry.ready = nullptr;
-    entry.is_filled = true;
-    --entry.acquired;
-  }
+  ready = nullptr;
+  is_filled = true;
 }
 
 size_t StagingCache::bring(std::span<const PagedRange> ranges) {

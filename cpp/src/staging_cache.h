@@ -51,12 +51,13 @@ class StagingCache final : public PagedMover {
     std::vector<Use> uses;  ///< the last release on each stream
     uint64_t wish = 0;      ///< brought for the plan or prefetch of this number
     std::list<char*>::iterator recency;
+
+    void add_use(Stream stream, const PagedEvent& event);
   };
   using Entries = std::map<char*, Entry>;  ///< by host address; disjoint
 
   Entries::iterator containing(PagedRange range);
   std::vector<Entries::iterator> overlapping(PagedRange range);
-  Entries::iterator acquired_entry(PagedRange range);
 
   void take_arena();
   /// Room in the arena, at the expense of the least recently used that is not acquired. What was

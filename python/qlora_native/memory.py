@@ -144,7 +144,12 @@ class PagedPool:
 
     def zeros(self, shape: Sequence[int] | int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return a tensor of zeros; see `empty`."""
-        return self.empty(shape, dtype).zero_()
+        tensor = self.empty(shape, dtype)
+        if self.backing != "managed":
+            return tensor.zero_()
+        # Acquired first: fresh pages come to the device together, not one fault at a time.
+        with self.acquired([tensor], "write"):
+            return tensor.zero_()
 
     def prefetch(self, tensors: Sequence[torch.Tensor]) -> None:
         """Begin to bring tensors to the device, beside what is queued on the current stream."""

@@ -158,6 +158,8 @@ TEST_P(AnyBacking, WrongRangesAreRefused) {
               "is acquired");
   EXPECT_THROW(s.pool->host_view(range, s.stream), InvalidArgument);
   EXPECT_THROW(s.release(other), InvalidArgument);
+  const PagedRange twice[] = {range, range};
+  EXPECT_THROW(s.pool->release(twice, s.stream), InvalidArgument);
   s.release(range);
   EXPECT_THROW(s.release(range), InvalidArgument);
   s.pool->deallocate(data, s.stream);

@@ -147,8 +147,9 @@ class QN_API PagedPool {
                Stream stream);
   void* acquire(PagedRange range, Access access, Stream stream);
 
-  /// Ends one `acquire` of each range, for work queued on `stream` after the call. Throws
-  /// InvalidArgument when a range is not acquired.
+  /// Ends one `acquire` of each range, for work queued on `stream` after the call: all of them or
+  /// none. Throws InvalidArgument when a range is not acquired (which backings without copies know
+  /// of whole allocations only).
   void release(std::span<const PagedRange> ranges, Stream stream);
   void release(PagedRange range, Stream stream);
 
