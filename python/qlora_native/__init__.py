@@ -9,8 +9,10 @@ from qlora_native import hf, kernels, memory, nn, optim
 from qlora_native._C import CudaError, __version__, cuda_unavailable_reason, list_devices
 from qlora_native.functional import (
     QUANT_TYPES,
+    QuantizedStack,
     QuantizedTensor,
     dequantize_4bit,
+    grouped_linear_4bit,
     linear_4bit,
     quantize_4bit,
 )
@@ -25,12 +27,14 @@ __all__ = [
     "QUANT_TYPES",
     "CudaError",
     "QLoRANativeConfig",
+    "QuantizedStack",
     "QuantizedTensor",
     "__version__",
     "add_lora",
     "build_info",
     "cuda_unavailable_reason",
     "dequantize_4bit",
+    "grouped_linear_4bit",
     "hf",
     "kernels",
     "linear_4bit",

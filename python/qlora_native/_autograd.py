@@ -55,6 +55,45 @@ class Linear4bitDx(torch.autograd.Function):
         return (_eager.linear_4bit(ddx, None, *weight), *(None for _ in weight))
 
 
+class GroupedLinear4bit(torch.autograd.Function):
+    """Y = X W_e^T, for the rows of every group e."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, group_ends: torch.Tensor, *weight: Any) -> torch.Tensor:
+        return _ops.grouped_linear_4bit(x, group_ends, *weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _save_groups(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        weight = _saved_weight(ctx)
+        return (_ops.grouped_linear_4bit_dx(dy, *weight), *(None for _ in weight))
+
+
+class GroupedLinear4bitDx(torch.autograd.Function):
+    """dX = dY W_e, for the rows of every group e."""
+
+    @staticmethod
+    def forward(dy: torch.Tensor, group_ends: torch.Tensor, *weight: Any) -> torch.Tensor:
+        return _ops.grouped_linear_4bit_dx(dy, group_ends, *weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _save_groups(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: torch.Tensor) -> tuple[Any, ...]:
+        weight = _saved_weight(ctx)
+        return (_ops.grouped_linear_4bit(ddx, *weight), *(None for _ in weight))
+
+
+def _save_groups(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.weight_format = inputs[6:]
+
+
 def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
     """Save the packed tensors where saved-tensor hooks and checkpointing see them."""
     ctx.save_for_backward(*weight[:4])
@@ -93,5 +132,32 @@ def _linear_4bit_dx_autograd(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
         return _ops.linear_4bit_dx(dy, *weight)
 
 
+def grouped_linear_4bit(x: torch.Tensor, group_ends: torch.Tensor, *weight: Any) -> torch.Tensor:
+    """The operator, differentiable in `x`."""
+    if needs_grad(x):
+        return GroupedLinear4bit.apply(x, group_ends, *weight)
+    return _ops.grouped_linear_4bit(x, group_ends, *weight)
+
+
+def _grouped_linear_4bit_autograd(
+    x: torch.Tensor, group_ends: torch.Tensor, *weight: Any
+) -> torch.Tensor:
+    if needs_grad(x):
+        return GroupedLinear4bit.apply(x, group_ends, *weight)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.grouped_linear_4bit(x, group_ends, *weight)
+
+
+def _grouped_linear_4bit_dx_autograd(
+    dy: torch.Tensor, group_ends: torch.Tensor, *weight: Any
+) -> torch.Tensor:
+    if needs_grad(dy):
+        return GroupedLinear4bitDx.apply(dy, group_ends, *weight)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.grouped_linear_4bit_dx(dy, group_ends, *weight)
+
+
+LIBRARY.impl("grouped_linear_4bit", _grouped_linear_4bit_autograd, "Autograd")
+LIBRARY.impl("grouped_linear_4bit_dx", _grouped_linear_4bit_dx_autograd, "Autograd")
 LIBRARY.impl("linear_4bit", _linear_4bit_autograd, "Autograd")
 LIBRARY.impl("linear_4bit_dx", _linear_4bit_dx_autograd, "Autograd")

@@ -117,6 +117,51 @@ def check_weight(
     _check_part(f"offset {what}", offset, torch.float32, 1, device)
 
 
+def check_stack(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+) -> None:
+    """Raise unless the parts are those of a stack of 4-bit matrices, `shape` [E, out, in].
+
+    Each matrix has its own blocks and groups: what a part holds of one is a row of the part.
+    """
+    if len(shape) != 3:
+        raise ValueError(f"a stack of weights has three dimensions, this one {tuple(shape)}")
+    for what, part in (("packed", packed), ("absmax", absmax), ("absmax2", absmax2)):
+        if part is not None and (part.dim() < 2 or part.shape[0] != shape[0]):
+            raise ValueError(
+                f"{what} has shape {tuple(part.shape)}, expected a row for each of {shape[0]} "
+                "matrices"
+            )
+    if offset is not None and offset.shape != (shape[0],):
+        raise ValueError(f"offset has shape {tuple(offset.shape)}, expected ({shape[0]},)")
+    if shape[0] > 0:
+        parts = (None if part is None else part[0] for part in (packed, absmax, absmax2, offset))
+        check_weight(*parts, shape[1:], block_size)
+
+
+def check_groups(
+    what: str, x: torch.Tensor, group_ends: torch.Tensor, shape: Sequence[int], features: str
+) -> None:
+    """Raise unless `x` is [S, features] and `group_ends` has an int64 for each matrix."""
+    if x.dim() != 2:
+        raise ValueError(f"{what} has shape {tuple(x.shape)}, expected rows sorted by group")
+    if group_ends.dtype != torch.int64 or group_ends.shape != (shape[0],):
+        raise ValueError(
+            f"group_ends is {tuple(group_ends.shape)} {group_ends.dtype}, expected ({shape[0]},) "
+            "torch.int64"
+        )
+    if x.shape[1] != shape[2 if features == "in" else 1]:
+        raise ValueError(
+            f"{what} has shape {tuple(x.shape)}, but the weights are {tuple(shape)} "
+            "[matrices, out_features, in_features]"
+        )
+
+
 def check_activation(
     what: str, x: torch.Tensor, shape: Sequence[int], features: str, device: torch.device
 ) -> None:

@@ -6,7 +6,7 @@ Gradients are in `_autograd`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ LIBRARY.define(
 LIBRARY.define(f"dequantize_4bit({_WEIGHT}, ScalarType dtype) -> Tensor")
 LIBRARY.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 LIBRARY.define(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor")
+LIBRARY.define(f"grouped_linear_4bit(Tensor x, Tensor group_ends, {_WEIGHT}) -> Tensor")
+LIBRARY.define(f"grouped_linear_4bit_dx(Tensor dy, Tensor group_ends, {_WEIGHT}) -> Tensor")
 
 _threads.share_torch_threads()
 
@@ -171,9 +173,17 @@ def linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torc
     # Not a view of something: autograd forbids in-place changes of those, and callers add to it.
     out = x.new_empty(*x.shape[:-1], weight.rows)
     y = out.view(rows.shape[0], weight.rows)
+    _product(rows, row_stride, bias, weight, y)
+    return out
+
+
+def _product(
+    x: torch.Tensor, row_stride: int, bias: torch.Tensor | None, weight: Weight, y: torch.Tensor
+) -> None:
+    """Write x W^T + bias to `y`, both matrices."""
     arguments = {
-        "x": rows.data_ptr(),
-        "m": rows.shape[0],
+        "x": x.data_ptr(),
+        "m": x.shape[0],
         "row_stride": row_stride,
         "dtype": _checks.FLOAT_DTYPES[x.dtype],
         "bias": address(bias),
@@ -182,8 +192,7 @@ def linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torc
     if y.numel() > 0 and not _ran_our_product(
         _C.matmul_4bit_plan, _C.matmul_4bit, weight, arguments
     ):
-        _dense_linear(rows, bias, weight, y)
-    return out
+        _dense_linear(x, bias, weight, y)
 
 
 def _ran_our_product(
@@ -232,10 +241,16 @@ def linear_4bit_dx(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
     weight = _checked_weight(*parts)
     _checks.check_activation("dy", dy, weight.shape, "out", weight.device)
     rows, row_stride = _as_rows(dy, weight.rows)
-    dx = dy.new_empty(rows.shape[0], weight.cols)
+    out = dy.new_empty(*dy.shape[:-1], weight.cols)
+    _product_dx(rows, row_stride, weight, out.view(rows.shape[0], weight.cols))
+    return out
+
+
+def _product_dx(dy: torch.Tensor, row_stride: int, weight: Weight, dx: torch.Tensor) -> None:
+    """Write dy W to `dx`, both matrices."""
     arguments = {
-        "dy": rows.data_ptr(),
-        "m": rows.shape[0],
+        "dy": dy.data_ptr(),
+        "m": dy.shape[0],
         "row_stride": row_stride,
         "dtype": _checks.FLOAT_DTYPES[dy.dtype],
         "dx": dx.data_ptr(),
@@ -244,8 +259,7 @@ def linear_4bit_dx(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
         _C.matmul_4bit_transposed_plan, _C.matmul_4bit_transposed, weight, arguments
     ):
         # One contraction over all of N: summing panels would round dX once a panel.
-        torch.mm(rows, weight.dense(dy.dtype), out=dx)
-    return dx.view(*dy.shape[:-1], weight.cols)
+        torch.mm(dy, weight.dense(dy.dtype), out=dx)
 
 
 def _linear_4bit_dx_fake(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
@@ -254,11 +268,85 @@ def _linear_4bit_dx_fake(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
     return dy.new_empty(*dy.shape[:-1], shape[1])
 
 
+def _group_weights(
+    group_ends: torch.Tensor, rows: int, parts: Sequence[Any]
+) -> Iterator[tuple[slice, Weight]]:
+    """Yield (rows, weight) of every group that has rows; reads `group_ends` on the host.
+
+    Raises:
+        ValueError: the ends do not ascend from 0 to at most `rows`.
+    """
+    *tensors, shape, block_size, quant_type, codebook = parts
+    book = _checks.codebook(quant_type, codebook)
+    start = 0
+    for index, end in enumerate(group_ends.tolist()):
+        if not start <= end <= rows:
+            raise ValueError(f"group_ends[{index}] is {end}, after {start}, of {rows} rows")
+        if end > start:
+            one = (None if part is None else part[index] for part in tensors)
+            yield slice(start, end), Weight(*one, shape[1:], block_size, book)
+        start = end
+
+
+def grouped_linear_4bit(x: torch.Tensor, group_ends: torch.Tensor, *parts: Any) -> torch.Tensor:
+    """The operator's kernel on a CPU and on CUDA devices: one product per group that has rows."""
+    y = _grouped_linear_4bit_fake(x, group_ends, *parts)
+    x = x.contiguous()
+    end = 0
+    for rows, weight in _group_weights(group_ends, x.shape[0], parts):
+        _product(x[rows], x.shape[1], None, weight, y[rows])
+        end = rows.stop
+    y[end:].zero_()
+    return y
+
+
+def _grouped_linear_4bit_fake(
+    x: torch.Tensor, group_ends: torch.Tensor, *parts: Any
+) -> torch.Tensor:
+    shape = _check_groups("x", x, group_ends, parts, "in")
+    return x.new_empty(x.shape[0], shape[1])
+
+
+def grouped_linear_4bit_dx(dy: torch.Tensor, group_ends: torch.Tensor, *parts: Any) -> torch.Tensor:
+    """The operator's kernel on a CPU and on CUDA devices: one product per group that has rows."""
+    dx = _grouped_linear_4bit_dx_fake(dy, group_ends, *parts)
+    dy = dy.contiguous()
+    end = 0
+    for rows, weight in _group_weights(group_ends, dy.shape[0], parts):
+        _product_dx(dy[rows], dy.shape[1], weight, dx[rows])
+        end = rows.stop
+    dx[end:].zero_()
+    return dx
+
+
+def _grouped_linear_4bit_dx_fake(
+    dy: torch.Tensor, group_ends: torch.Tensor, *parts: Any
+) -> torch.Tensor:
+    shape = _check_groups("dy", dy, group_ends, parts, "out")
+    return dy.new_empty(dy.shape[0], shape[2])
+
+
+def _check_groups(
+    what: str, x: torch.Tensor, group_ends: torch.Tensor, parts: Sequence[Any], features: str
+) -> Sequence[int]:
+    *stack, quant_type, codebook = parts
+    _checks.check_stack(*stack)
+    _checks.codebook(quant_type, codebook)
+    packed, shape = stack[0], stack[4]
+    _checks.float_dtype_code(what, x.dtype)
+    _checks.check_groups(what, x, group_ends, shape, features)
+    if x.device != packed.device:
+        raise ValueError(f"{what} is on {x.device}, the 4-bit weights on {packed.device}")
+    return shape
+
+
 for _name, _kernel, _fake in (
     ("quantize_4bit", _quantize_4bit, _quantize_4bit_fake),
     ("dequantize_4bit", _dequantize_4bit, _dequantize_4bit_fake),
     ("linear_4bit", linear_4bit, _linear_4bit_fake),
     ("linear_4bit_dx", linear_4bit_dx, _linear_4bit_dx_fake),
+    ("grouped_linear_4bit", grouped_linear_4bit, _grouped_linear_4bit_fake),
+    ("grouped_linear_4bit_dx", grouped_linear_4bit_dx, _grouped_linear_4bit_dx_fake),
 ):
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _kernel, _key)
@@ -267,6 +355,12 @@ for _name, _kernel, _fake in (
 
 @register_flop_formula(torch.ops.qlora_native.linear_4bit)
 def _linear_flops(x_shape, bias_shape, *weight_shapes, out_shape, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * out_shape[-1]
+
+
+@register_flop_formula(torch.ops.qlora_native.grouped_linear_4bit)
+@register_flop_formula(torch.ops.qlora_native.grouped_linear_4bit_dx)
+def _grouped_linear_flops(x_shape, ends_shape, *weight_shapes, out_shape, **kwargs) -> int:
     return 2 * math.prod(x_shape) * out_shape[-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native import _checks
+from qlora_native.nn.expert_conversion import (
+    is_experts,
+    quantize_experts,
+    reason_not_to_quantize,
+)
+from qlora_native.nn.experts import Experts4bit
 from qlora_native.nn.linear import Linear4bit
 from qlora_native.nn.targets import lora_layers, replace_module
 
@@ -19,23 +26,24 @@ class ConversionReport:
     """What `quantize_model` did.
 
     Attributes:
-        converted: (path, (out_features, in_features)) of every layer that is now a Linear4bit.
+        converted: (path, shape) of every weight that is now in 4 bits: (out_features, in_features)
+            of a Linear4bit, (experts, out_features, in_features) of a stack of experts.
         skipped: (path, reason) of every other module that holds parameters of its own.
         bits_per_parameter: bits of packed state per weight element over the converted layers;
             0.0 when there is none.
         bytes_before, bytes_after: bytes of the model's parameters and buffers, shared ones once.
     """
 
-    converted: tuple[tuple[str, tuple[int, int]], ...]
+    converted: tuple[tuple[str, tuple[int, ...]], ...]
     skipped: tuple[tuple[str, str], ...]
     bits_per_parameter: float
     bytes_before: int
     bytes_after: int
 
     def __str__(self) -> str:
-        elements = sum(rows * cols for _, (rows, cols) in self.converted)
+        elements = sum(math.prod(shape) for _, shape in self.converted)
         lines = [
-            f"{len(self.converted)} linear layers, {elements:,} weights, quantized to "
+            f"{_named(self.converted)}, {elements:,} weights, quantized to "
             f"{self.bits_per_parameter:.3f} bits per weight; the model went from "
             f"{_mebibytes(self.bytes_before)} to {_mebibytes(self.bytes_after)}"
         ]
@@ -59,7 +67,9 @@ def quantize_model(
     check_finite: bool = True,
     progress: Callable[[int, int, str], object] | None = None,
 ) -> ConversionReport:
-    """Replaces every plain nn.Linear of `model` by a Linear4bit, in place.
+    """Replaces every plain nn.Linear of `model` by a Linear4bit, in place, and packs experts.
+
+    Layers of experts, which transformers keeps as stacks of matrices, become an `Experts4bit`.
 
     Each dense weight is dropped as soon as its packed form exists, so the peak is the quantized
     model and one dense layer (given that nobody else holds the weights); weights mapped from a file
@@ -92,9 +102,9 @@ def quantize_model(
         raise TypeError(f"skip is a sequence of names, got the string {skip!r}")
     bytes_before = _tensor_bytes(model)
     names, skipped = _plan(model, skip)
-    converted: list[tuple[str, tuple[int, int]]] = []
+    converted: list[tuple[str, tuple[int, ...]]] = []
     packed_bytes = 0
-    for paths in names:
+    for done, paths in enumerate(names, 1):
         layer = _quantize_layer(
             model.get_submodule(paths[0]),
             paths[0],
@@ -108,13 +118,17 @@ def quantize_model(
         )
         for path in paths:
             replace_module(model, path, layer)
-        packed_bytes += layer.quantized_weight().nbytes
-        converted.append((paths[0], (layer.out_features, layer.in_features)))
+        packed_bytes += sum(p.nbytes for p in layer.parameters() if p.dtype == torch.uint8)
+        if isinstance(layer, Experts4bit):
+            stacks = layer.formats.items()
+            converted += [(f"{paths[0]}.{name}", stack.shape) for name, stack in stacks]
+        else:
+            converted.append((paths[0], (layer.out_features, layer.in_features)))
         if progress is not None:
-            progress(len(converted), len(names), paths[0])
+            progress(done, len(names), paths[0])
     if device is not None:
         model.to(device)
-    elements = sum(rows * cols for _, (rows, cols) in converted)
+    elements = sum(math.prod(shape) for _, shape in converted)
     return ConversionReport(
         converted=tuple(converted),
         skipped=tuple(skipped),
@@ -195,8 +209,10 @@ def _reason_to_skip(
         return f"named by skip={entry!r}"
     if id(module) in adapters:
         return adapters[id(module)]
-    if isinstance(module, Linear4bit):
+    if isinstance(module, (Linear4bit, Experts4bit)):
         return "already quantized"
+    if is_experts(module):
+        return _reason_to_skip_experts(name, module, owners)
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} is not a Linear"
     if type(module) is not nn.Linear:
@@ -216,6 +232,18 @@ def _reason_to_skip(
     return None
 
 
+def _reason_to_skip_experts(
+    name: str, module: nn.Module, owners: dict[int, list[str]]
+) -> str | None:
+    if not name:
+        return "the model itself: use quantize_experts"
+    for own, parameter in module._parameters.items():
+        shared = [o for o in owners.get(id(parameter), ()) if o != f"{name}.{own}"]
+        if shared:
+            return f"{own} shared with {shared[0]}"
+    return reason_not_to_quantize(module)
+
+
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     """Paths of every parameter, by its id; a module reached by several paths counts once."""
     owners: dict[int, list[str]] = {}
@@ -226,14 +254,27 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _quantize_layer(linear: nn.Linear, name: str, **settings: object) -> Linear4bit:
+def _quantize_layer(layer: nn.Module, name: str, **settings: object) -> Linear4bit | Experts4bit:
+    if not isinstance(layer, nn.Linear):
+        try:
+            return quantize_experts(layer, **settings)
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from error
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"{name}: {error}") from error
     try:
-        return Linear4bit.from_linear(linear, **settings)
+        return Linear4bit.from_linear(layer, **settings)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from error
     except torch.OutOfMemoryError as error:
-        shape = (linear.out_features, linear.in_features)
+        shape = (layer.out_features, layer.in_features)
         raise torch.OutOfMemoryError(f"{name}.weight {shape}: {error}") from error
+
+
+def _named(converted: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+    stacks = sum(len(shape) == 3 for _, shape in converted)
+    named = f"{len(converted) - stacks} linear layers"
+    return f"{named} and {stacks} stacks of experts" if stacks else named
 
 
 def _tensor_bytes(model: nn.Module) -> int:

@@ -16,7 +16,15 @@ import torch
 from qlora_native import _autograd, _checks, _eager
 from qlora_native._checks import QUANT_TYPES
 
-__all__ = ["QUANT_TYPES", "QuantizedTensor", "dequantize_4bit", "linear_4bit", "quantize_4bit"]
+__all__ = [
+    "QUANT_TYPES",
+    "QuantizedStack",
+    "QuantizedTensor",
+    "dequantize_4bit",
+    "grouped_linear_4bit",
+    "linear_4bit",
+    "quantize_4bit",
+]
 
 _ops = torch.ops.qlora_native
 _run_linear_4bit = _eager.OPS.linear_4bit
@@ -92,7 +100,48 @@ class QuantizedTensor:
         )
 
 
-def _weight_arguments(q: QuantizedTensor) -> tuple[Any, ...]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedStack:
+    """Matrices of one shape, each quantized by itself, as the experts of a layer are.
+
+    Attributes:
+        packed: uint8 ``[E, ...]``, the codes of matrix e in row e.
+        absmax: float32 ``[E, blocks]``; with double quantization uint8.
+        absmax2: float32 ``[E, groups]``, or None without double quantization.
+        offset: float32 ``[E]``, or None without double quantization.
+        shape: ``[E, out_features, in_features]``.
+        dtype, quant_type, block_size, codebook: as in `QuantizedTensor`.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    absmax2: torch.Tensor | None
+    offset: torch.Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    quant_type: str = "nf4"
+    block_size: int = 64
+    codebook: tuple[float, ...] | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> QuantizedTensor:
+        """Return one matrix; its parts are views."""
+        return QuantizedTensor(
+            packed=self.packed[index],
+            absmax=self.absmax[index],
+            absmax2=None if self.absmax2 is None else self.absmax2[index],
+            offset=None if self.offset is None else self.offset[index],
+            shape=self.shape[1:],
+            dtype=self.dtype,
+            quant_type=self.quant_type,
+            block_size=self.block_size,
+            codebook=self.codebook,
+        )
+
+
+def _weight_arguments(q: QuantizedTensor | QuantizedStack) -> tuple[Any, ...]:
     """Return the arguments by which every operator takes a 4-bit weight."""
     return (
         q.packed, q.absmax, q.absmax2, q.offset, q.shape, q.block_size, q.quant_type, q.codebook
@@ -200,3 +249,31 @@ def linear_4bit(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     return _autograd.linear_4bit(x, bias, *_weight_arguments(q))
+
+
+def grouped_linear_4bit(
+    x: torch.Tensor, group_ends: torch.Tensor, stack: QuantizedStack
+) -> torch.Tensor:
+    """Return ``x[start:end] @ W_e.T`` for every group of rows, in one tensor.
+
+    Differentiable in `x`. No more than one matrix of the stack is decoded at a time, and none of a
+    group without rows.
+
+    Args:
+        x: ``[S, in_features]`` float32, float16 or bfloat16, the rows of group 0 first, on the
+            stack's device. Under autocast it is cast to the autocast dtype first.
+        group_ends: int64 ``[E]``: where the rows of each group end. On a GPU, reading it waits for
+            the device.
+        stack: weights of shape ``[E, out_features, in_features]``.
+
+    Returns:
+        ``[S, out_features]`` of x's (or the autocast) dtype; rows beyond the last group are zero.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or the ends do not ascend; the
+            message holds them.
+    """
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    return _autograd.grouped_linear_4bit(x, group_ends, *_weight_arguments(stack))

@@ -14,13 +14,15 @@ from typing import Any
 import peft
 import peft.tuners.lora.model as lora_model
 import peft.utils.other as peft_other
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from qlora_native.hf.peft_dense import dense_copy
+from qlora_native.hf.peft_experts import ParamWrapper, is_packed_stack
 from qlora_native.hf.peft_lora import Linear
 from qlora_native.hf.peft_tuners import create_and_replace_over_4bit, refuse_untried
-from qlora_native.nn import Linear4bit, count_parameters, prepare_for_training
+from qlora_native.nn import Experts4bit, Linear4bit, count_parameters, prepare_for_training
 
 _MARK = "_qlora_native_original"
 
@@ -49,8 +51,16 @@ def install() -> None:
     @functools.wraps(dispatch_default)
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if kwargs.get("parameter_name") is None and isinstance(base, Linear4bit):
+        parameter = kwargs.get("parameter_name")
+        if parameter is None and isinstance(base, Linear4bit):
             return Linear(target, adapter_name, config=config, **kwargs)
+        if parameter is not None and is_packed_stack(base, parameter):
+            return ParamWrapper(target, adapter_name, config=config, **kwargs)
+        if parameter is not None and getattr(base, parameter).dtype == torch.uint8:
+            raise NotImplementedError(
+                f"target_parameters names {parameter!r} of a {type(base).__name__}, which holds "
+                "packed bytes: name the layer in target_modules"
+            )
         return dispatch_default(target, adapter_name, config=config, **kwargs)
 
     @functools.wraps(initialize)
@@ -120,7 +130,7 @@ def _checkpoint_as_asked(model: nn.Module, call: inspect.BoundArguments) -> None
 
 
 def _has_4bit_layers(model: nn.Module) -> bool:
-    return any(isinstance(module, Linear4bit) for module in model.modules())
+    return any(isinstance(module, (Linear4bit, Experts4bit)) for module in model.modules())
 
 
 def _require_parameters(function: Any, *names: str) -> None:

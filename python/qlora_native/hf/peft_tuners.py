@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_native.hf.peft_dense import Over4bit, dense_base, dense_stand_in, write_back
-from qlora_native.nn import Linear4bit
+from qlora_native.nn import Experts4bit, Linear4bit
 
 # The tests compare each of these with itself over the decoded weights. The forward of the first is
 # base_layer(x) and something beside it, whatever its options.
@@ -113,7 +113,9 @@ def refuse_untried(model: nn.Module, config: Any) -> None:
     """Raises NotImplementedError for a method that may read packed bytes of `model`."""
     configs = config.values() if isinstance(config, dict) else (config,)
     for one in configs:
-        if one.peft_type not in TRIED and any(isinstance(m, Linear4bit) for m in model.modules()):
+        if one.peft_type not in TRIED and any(
+            isinstance(m, (Linear4bit, Experts4bit)) for m in model.modules()
+        ):
             raise NotImplementedError(
                 f"{one.peft_type} is not known to leave 4-bit weights alone or to decode them "
                 f"first; with 4-bit layers, use one of {sorted(t.value for t in TRIED)}"

@@ -11,12 +11,15 @@ from qlora_native.nn.adapters import (
     set_adapter,
 )
 from qlora_native.nn.embedding import Embedding4bit
+from qlora_native.nn.expert_conversion import dequantize_experts, quantize_experts
+from qlora_native.nn.experts import Experts4bit
 from qlora_native.nn.linear import Linear4bit
 from qlora_native.nn.lora import LoraLinear, LoraSettings
 from qlora_native.nn.merging import merge_lora, unmerge_lora
 
 __all__ = [
     "Embedding4bit",
+    "Experts4bit",
     "Linear4bit",
     "LoraLinear",
     "LoraReport",
@@ -24,10 +27,12 @@ __all__ = [
     "add_lora",
     "count_parameters",
     "delete_adapter",
+    "dequantize_experts",
     "disable_adapters",
     "lora_parameters",
     "merge_lora",
     "prepare_for_training",
+    "quantize_experts",
     "set_adapter",
     "unmerge_lora",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from qlora_native.nn.embedding import Embedding4bit
+from qlora_native.nn.experts import Experts4bit
 from qlora_native.nn.linear import Linear4bit
 from qlora_native.nn.lora import LoraLinear, LoraSettings, check_adapter
 from qlora_native.nn.targets import (
@@ -133,21 +135,26 @@ def lora_parameters(model: nn.Module, adapter_name: str | None = None) -> Iterat
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, a 4-bit weight [out, in] counted as out * in."""
+    """(trainable, all) parameters, a 4-bit weight counted by its elements."""
     trainable = total = 0
     seen: set[int] = set()
     for module in model.modules():
-        packed = isinstance(module, (Linear4bit, Embedding4bit))
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if packed and name != "bias":
-                total += module.in_features * module.out_features if name == "weight" else 0
-                continue
-            total += parameter.numel()
+            total += _elements(module, name, parameter)
             trainable += parameter.numel() if parameter.requires_grad else 0
     return trainable, total
+
+
+def _elements(module: nn.Module, name: str, parameter: nn.Parameter) -> int:
+    """What a parameter counts: packed codes as elements, their constants as nothing."""
+    if isinstance(module, (Linear4bit, Embedding4bit)) and name != "bias":
+        return module.in_features * module.out_features if name == "weight" else 0
+    if isinstance(module, Experts4bit) and not parameter.is_floating_point():
+        return math.prod(module.formats[name].shape) if name in module.formats else 0
+    return parameter.numel()
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:

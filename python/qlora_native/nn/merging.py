@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from qlora_native.nn.expert_conversion import dequantize_experts
+from qlora_native.nn.experts import Experts4bit
 from qlora_native.nn.linear import Linear4bit
 from qlora_native.nn.lora import LoraLinear, dense_linear
 from qlora_native.nn.targets import linear_layers, lora_layers, replace_everywhere
@@ -23,7 +25,8 @@ def merge_lora(
 
     By default the sum is quantized again into the existing storage, adapters stay beside it and
     `unmerge_lora` restores the original bytes. With `dense` the model is exported: every LoraLinear
-    and every Linear4bit becomes an nn.Linear that holds the exact sum, and there is no way back.
+    and every Linear4bit becomes an nn.Linear that holds the exact sum, 4-bit experts become dense,
+    and there is no way back.
 
     Args:
         dtype: of the dense weights and their biases; each layer's own when None. Only with `dense`.
@@ -111,6 +114,10 @@ def _export_dense(
             continue
         replace_everywhere(model, layer, dense)
         exported += 1
+    for module in list(model.modules()):
+        if isinstance(module, Experts4bit):
+            dequantize_experts(module, dtype)
+            exported += 1
     if not exported:
         raise ValueError("nothing to export: the model has neither adapters nor 4-bit layers")
     return exported
