@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import qlora_native as qn
-from qlora_native.nn import Linear4bit
+from qlora_native.nn import Experts4bit, Linear4bit, dequantize_experts
 from qlora_native.nn.lora import dense_linear
 from qlora_native.nn.targets import replace_module
 
@@ -22,11 +22,28 @@ SIZES = {
 }
 
 
+MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss"]
+
+
 def tiny(kind: str, seed: int = 0, **overrides: object) -> nn.Module:
-    """A random causal language model in fp32: "llama", "opt" or "qwen"."""
+    """A random causal language model in fp32: "llama", "opt", "qwen" or of `MIXTURES`."""
     import transformers as t
 
     torch.manual_seed(seed)
+    few = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    if kind in MIXTURES:
+        count = {"num_experts_per_tok": 2}
+        classes, sizes = {
+            "mixtral": ((t.MixtralConfig, t.MixtralForCausalLM), {"num_local_experts": 4}),
+            "qwen3_moe": (
+                (t.Qwen3MoeConfig, t.Qwen3MoeForCausalLM),
+                {"num_experts": 5, "moe_intermediate_size": 24},
+            ),
+            # Transposed stacks with biases, gate and up interleaved.
+            "gpt_oss": ((t.GptOssConfig, t.GptOssForCausalLM), {"num_local_experts": 4}),
+        }[kind]
+        model = classes[1](classes[0](**(SIZES | few | count | sizes | overrides)))
+        return with_biases(model)
     if kind == "opt":
         sizes = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 32}
         model = t.OPTForCausalLM(t.OPTConfig(**(SIZES | {"dropout": 0.0} | sizes | overrides)))
@@ -37,9 +54,14 @@ def tiny(kind: str, seed: int = 0, **overrides: object) -> nn.Module:
             "qwen": (t.Qwen2Config, t.Qwen2ForCausalLM),
         }[kind]
         model = model(config(**(SIZES | sizes | overrides)))
+    return with_biases(model)
+
+
+def with_biases(model: nn.Module) -> nn.Module:
+    """In evaluation, with biases that are not zero, which would hide a lost one."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # zero at the start, which would hide a lost one
+            if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.eval()
 
@@ -56,6 +78,8 @@ def dense_twin(model: nn.Module) -> nn.Module:
     for name, module in list(twin.named_modules()):
         if isinstance(module, Linear4bit):
             replace_module(twin, name, dense_linear(module.dequantize(), module))
+        elif isinstance(module, Experts4bit):
+            dequantize_experts(module)
     return twin
 
 

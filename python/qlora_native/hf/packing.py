@@ -62,14 +62,17 @@ class PackOnLoad(ConversionOps):
         packed: State = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
+            if not tensor.is_floating_point():  # packed already, as experts are while stacked
+                packed[name] = value
+                continue
             if any(not isinstance(failure, ValueError) for failure in self.failures):
-                packed |= _nothing(model, name)
+                packed |= nothing_packed(model, name)
                 continue
             try:
                 packed |= pack(model, name, tensor)
             except Exception as error:
                 self.failures.append(error)
-                packed |= _nothing(model, name)
+                packed |= nothing_packed(model, name)
         return packed
 
 
@@ -81,11 +84,10 @@ def pack(model: Any, name: str, value: Tensor) -> State:
         OutOfMemoryError: as torch's.
     """
     module, tensor_name = get_module_from_name(model, name)
-    prefix = name.removesuffix(tensor_name)
 
     def make() -> State:
         state = kind_of(module).pack(module, tensor_name, value)
-        return {prefix + key: nn.Parameter(t, requires_grad=False) for key, t in state.items()}
+        return packed_parameters(name, tensor_name, state)
 
     try:
         return current_observer().pack(name, value, make)
@@ -93,6 +95,12 @@ def pack(model: Any, name: str, value: Tensor) -> State:
         raise ValueError(f"{name} {error}") from error
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"{name} {tuple(value.shape)}: {error}") from error
+
+
+def packed_parameters(name: str, tensor_name: str, state: State) -> State:
+    """The parts of the tensor `tensor_name`, of full name `name`, as parameters by full names."""
+    prefix = name.removesuffix(tensor_name)
+    return {prefix + key: nn.Parameter(t, requires_grad=False) for key, t in state.items()}
 
 
 def pack_new_weights(model: Any) -> None:
@@ -117,7 +125,7 @@ def raise_first(failures: list[Exception]) -> None:
         raise ValueError(shown + ("; ..." if failures[5:] else ""))
 
 
-def _nothing(model: Any, name: str) -> State:
+def nothing_packed(model: Any, name: str) -> State:
     """Parameters without memory, so that transformers does not initialize dense ones instead."""
     module, tensor_name = get_module_from_name(model, name)
     prefix = name.removesuffix(tensor_name)

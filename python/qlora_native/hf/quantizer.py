@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import logging
 
-from qlora_native.hf import bitsandbytes_models
+from qlora_native.hf import bitsandbytes_models, moe
 from qlora_native.hf.config import QUANT_METHOD, QLoRANativeConfig
 from qlora_native.hf.embeddings import tie_parts, token_embeddings
 from qlora_native.hf.layer_kinds import KINDS, kind_of
@@ -29,6 +29,7 @@ from qlora_native.hf.packing import (
     raise_first,
 )
 from qlora_native.nn.adapters import count_parameters
+from qlora_native.nn.experts import Experts4bit
 from qlora_native.nn.lora import LoraLinear
 
 logger = logging.get_logger("qlora_native")
@@ -129,7 +130,7 @@ class QLoRANativeQuantizer(HfQuantizer):
                 layer._is_hf_initialized = True
                 self._expect_packed(name, layer)
             else:
-                kind_of(layer).expect_dense(layer, _dense_dtype(model, module, dtype))
+                kind_of(layer).expect_dense(layer, _dense_dtype(layer, dtype))
         tie_parts(model)
         if not self.pre_quantized:
             current_observer().begin(replaced)
@@ -141,6 +142,8 @@ class QLoRANativeQuantizer(HfQuantizer):
     def _make(self, name: str, module: nn.Module) -> nn.Module | None:
         settings = self.quantization_config.layer_settings(name)
         for kind in KINDS:
+            if self._reads_bitsandbytes and isinstance(kind, moe.ExpertsKind):
+                continue  # its checkpoints hold them dense
             layer = kind.make(name, module, settings)
             if layer is not None:
                 return layer
@@ -178,6 +181,13 @@ class QLoRANativeQuantizer(HfQuantizer):
         """The operations that read another format than ours."""
         return bitsandbytes_models.weight_converters(self) if self._reads_bitsandbytes else []
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """The conversions of the model's checkpoint; experts are packed before they are stacked."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        if self.pre_quantized:
+            return conversions
+        return moe.pack_while_stacking(conversions, model, self.failures)
+
     def get_quantize_ops(self) -> ConversionOps:
         """The operation for one parameter."""
         return PackOnLoad(self.failures)
@@ -194,10 +204,13 @@ class QLoRANativeQuantizer(HfQuantizer):
         else:
             self._refuse_disk(getattr(model, "hf_device_map", {}))
             pack_new_weights(model)
+            moe.keep_stacks_when_saving(model)
         model.num_parameters = types.MethodType(num_parameters, model)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # as save_pretrained leaves it in the config
+            dtype = getattr(torch, dtype)
         for name, module in list(model.named_modules()):
             kind = kind_of(module)
             if kind is not None:
@@ -282,8 +295,10 @@ def _require_loaded(model: Any, shapes: dict[str, torch.Size]) -> None:
             )
 
 
-def _dense_dtype(model: Any, module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype or module.weight.dtype
+def _dense_dtype(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+    if isinstance(layer, Experts4bit):
+        return dtype or next(iter(layer.formats.values())).dtype
+    return dtype or layer.weight_dtype
 
 
 def _tied_modules(model: Any) -> set[str]:

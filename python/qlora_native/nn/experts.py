@@ -205,9 +205,8 @@ class Experts4bit(nn.Module):
 
     def _project(self, name: str, x: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
         y = grouped_linear_4bit(x, ends, self.quantized_stack(name))
-        bias = self._parameters.get(f"{name}_bias") if self.has_bias else None
-        if bias is not None:
-            y = y + bias[experts].to(y.dtype)
+        if self.has_bias:
+            y = y + getattr(self, f"{name}_bias")[experts].to(y.dtype)
         for adapter in self.adapters.get(name, ()):
             y = y + _grouped_low_rank(x, ends, adapter).to(y.dtype)
         return y
@@ -260,7 +259,8 @@ class Experts4bit(nn.Module):
 
 def dense_class(layer: Experts4bit) -> type[nn.Module]:
     """The class that an Experts4bit had before."""
-    return type(layer).__bases__[1]
+    order = type(layer).__mro__
+    return order[order.index(Experts4bit) + 1]
 
 
 @functools.cache
