@@ -164,8 +164,14 @@ class Experts4bit(nn.Module):
             block_size=self.block_size,
             double_quant=self.double_quant,
             codebook=self.codebook,
-            check_finite=check_finite,
         )
+        # A NaN or an infinity spoils the absmax of its block or group: far fewer to look at.
+        constants = q.absmax2 if q.double_quant else q.absmax
+        if check_finite and not bool(torch.isfinite(constants).all()):
+            bad = weight.numel() - int(weight.isfinite().sum())
+            raise ValueError(
+                f"the matrix {tuple(weight.shape)} holds {bad} values that are NaN or infinite"
+            )
         return {key.removeprefix("weight"): value for key, value in state_of(q).items()}
 
     # ---- forward ----
