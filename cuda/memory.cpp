@@ -3,6 +3,7 @@
 
 #include <new>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "backend.h"
@@ -27,6 +28,13 @@ class UncapturedScope {
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
+
+/// A size that the address space cannot hold is an invalid value to some of the runtime's functions.
+void check_allocated(cudaError_t status, const char* function, int64_t size_bytes) {
+  if (status == cudaSuccess) return;
+  const std::string what = std::string(function) + " of " + std::to_string(size_bytes) + " bytes";
+  throw_cuda_error(status == cudaErrorInvalidValue ? cudaErrorMemoryAllocation : status, what);
+}
 
 cudaMemLocation location_of(int device) {
   cudaMemLocation location{};
@@ -77,12 +85,14 @@ class CudaDriver final : public PagedDriver {
     const DeviceGuard guard(device_);
     void* data = nullptr;
     if (backing_ == Backing::kPinned) {
-      QN_CUDA_TRY(cudaHostAlloc(&data, static_cast<size_t>(size_bytes), cudaHostAllocPortable));
+      check_allocated(cudaHostAlloc(&data, static_cast<size_t>(size_bytes), cudaHostAllocPortable),
+                      "cudaHostAlloc", size_bytes);
       return data;
     }
     // A gap behind each region, so that movement joined across padding never joins regions.
     const PagedRange region{nullptr, size_bytes + kPagedAlignment};
-    QN_CUDA_TRY(cudaMallocManaged(&data, static_cast<size_t>(region.size_bytes)));
+    check_allocated(cudaMallocManaged(&data, static_cast<size_t>(region.size_bytes)),
+                    "cudaMallocManaged", region.size_bytes);
     // Pages that a kernel touches come to it and stay, where there is room.
     const cudaError_t status = ManagedCalls::advise(&cudaMemAdvise, {data, region.size_bytes},
                                                     cudaMemAdviseSetPreferredLocation, device_);
@@ -101,7 +111,7 @@ class CudaDriver final : public PagedDriver {
     const UncapturedScope scope;
     const DeviceGuard guard(device_);
     void* data = nullptr;
-    QN_CUDA_TRY(cudaMalloc(&data, static_cast<size_t>(size_bytes)));
+    check_allocated(cudaMalloc(&data, static_cast<size_t>(size_bytes)), "cudaMalloc", size_bytes);
     return data;
   }
 

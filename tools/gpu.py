@@ -45,7 +45,10 @@ from gpu_support import (
 GTEST_HINT = "apt-get install libgtest-dev   (or name a built test in QLORA_NATIVE_TEST_BINARY)"
 SANITIZERS = ("memcheck", "racecheck")
 # Each C++ test runs on every device; these do in seconds what a sanitizer makes minutes of.
-SMALL_CASES = "Quantize.*:Dequantize.*:DoubleQuantize.*:*Matmul*:-*Split*:*MoreGroups*:*MoreRows*"
+SMALL_CASES = (
+    "Quantize.*:Dequantize.*:DoubleQuantize.*:*Matmul*:*/Memory.BytesSurvive*"
+    ":-*Split*:*MoreGroups*:*MoreRows*"
+)
 
 
 class Session:

@@ -161,10 +161,8 @@ void* StagingCache::acquire_one(PagedRange range, Access access, Stream stream) 
   Entry& entry = position->second;
   ++entry.acquired;
   try {
-    if (entry.ready) driver_.wait(stream, entry.ready);
-    for (const Use& use : entry.uses) {
-      if (use.stream.handle() != stream.handle()) driver_.wait(stream, use.event);
-    }
+    wait_once(stream, entry.ready);
+    for (const Use& use : entry.uses) wait_once(stream, use.event);
   } catch (...) {
     undo_acquire(position);
     throw;
@@ -172,6 +170,12 @@ void* StagingCache::acquire_one(PagedRange range, Access access, Stream stream) 
   entry.wish = 0;
   recency_.splice(recency_.end(), recency_, entry.recency);
   return entry.place + (begin_of(range) - position->first);
+}
+
+void StagingCache::wait_once(Stream stream, const PagedEvent& event) {
+  if (!event || event == waited_for_) return;
+  driver_.wait(stream, event);
+  waited_for_ = event;
 }
 
 void StagingCache::undo_acquire(Entries::iterator position) {
@@ -187,6 +191,7 @@ void StagingCache::acquire(std::span<const PagedRange> ranges, Access access,
         "acquire: copies of the pinned backing cannot be captured in a graph; acquire outside of "
         "it, or use the managed backing");
   }
+  waited_for_ = nullptr;
   size_t count = 0;
   try {
     for (; count < ranges.size(); ++count) {

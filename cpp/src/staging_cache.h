@@ -71,6 +71,9 @@ class StagingCache final : public PagedMover {
 
   void* acquire_one(PagedRange range, Access access, Stream stream);
   void undo_acquire(Entries::iterator position);
+  /// Ranges that were released together have one event: an acquire waits for it once. It waits for
+  /// releases on its own stream too: a handle does not tell a stream from an ended one.
+  void wait_once(Stream stream, const PagedEvent& event);
   /// Brings ranges, in order, as far as there is room beside the acquired and the wished for.
   /// Returns how many of them are there.
   size_t bring(std::span<const PagedRange> ranges);
@@ -82,6 +85,7 @@ class StagingCache final : public PagedMover {
   Entries entries_;
   std::list<char*> recency_;  ///< the least recently used first
   PagedEvent vacated_;
+  PagedEvent waited_for_;        ///< by the present acquire, last
   bool has_stray_copy_ = false;  ///< one to the device failed after it was queued
   AcquirePlan plan_;
   uint64_t wish_ = 1;  ///< the number of the present plan or prefetch
