@@ -12,10 +12,11 @@ export PATH := $(BIN):$(PATH)
 cmake_defines := -Ccmake.define.QLORA_NATIVE_CUDA=$(CUDA) \
   $(if $(CUDA_ARCHITECTURES),-Ccmake.define.QLORA_NATIVE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)")
 
-.PHONY: help bootstrap build test lint format sanitize demo bench gpu clean
+.PHONY: help bootstrap build test test-matrix lint format sanitize demo bench gpu clean
 
 help:
 	@echo "make test    build and run every test that needs no GPU"
+	@echo "make test-matrix  the tests of the integrations with every version of transformers that we declare"
 	@echo "make demo    train a small model, quantize it, fine-tune it, compare"
 	@echo "make gpu     build and test on this machine's GPU, write bench/results/<gpu>.json"
 	@echo "make bench   measure, alone and beside bitsandbytes and dense bf16; redraw README's figures"
@@ -34,6 +35,17 @@ build: bootstrap
 test: build
 	$(BIN)/ctest --test-dir build/python --output-on-failure -j 2
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# transformers as we declare it, oldest and newest: each beside the packages of .venv, which it shadows.
+TRANSFORMERS_VERSIONS ?= 5.10.1 5.17.0 5.23.0
+test-matrix: build
+	for version in $(TRANSFORMERS_VERSIONS); do \
+	  folder=build/matrix/transformers-$$version; \
+	  [ -d $$folder ] || $(BIN)/pip install --quiet --target $$folder transformers==$$version || exit 1; \
+	  echo "== transformers $$version"; \
+	  PYTHONPATH=$$folder $(BIN)/pytest tests/python -k "test_hf or test_cli_quantize or test_embedding" \
+	    $(PYTEST_ARGS) || exit 1; \
+	done
 
 lint: bootstrap
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+import qlora_native
 from qlora_native.hf import import_hook
 
 
@@ -92,6 +93,73 @@ def test_a_module_that_another_thread_is_importing_is_awaited(library, tmp_path)
     finally:
         thread.join()
         del builtins.started
+
+
+@pytest.fixture
+def quantizers(monkeypatch):
+    """Registering again, with what fails told to nobody else."""
+    import transformers.quantizers
+
+    monkeypatch.setattr(import_hook, "_failures", {})
+    name = transformers.quantizers.__name__
+    return name, lambda: import_hook.after_import(name, "qlora_native.hf.quantizer:register")
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.9.0", "6.0.0.dev0"])
+def test_another_version_of_transformers_is_told(quantizers, monkeypatch, version):
+    import transformers
+
+    _, register = quantizers
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.warns(RuntimeWarning, match=rf"{version} is not one of 5.10 to 5.x"):
+        register()
+    with pytest.raises(import_hook.IntegrationError, match="Install a version of transformers"):
+        qlora_native.QLoRANativeConfig()
+
+
+@pytest.mark.parametrize("version", ["5.10.0", "5.17.0", "5.23.0", "5.99.1"])
+def test_supported_versions_register(quantizers, monkeypatch, version):
+    import transformers
+
+    name, register = quantizers
+    monkeypatch.setattr(transformers, "__version__", version)
+    register()
+    import_hook.require(name)
+
+
+def test_a_hook_that_moved_is_named(quantizers, monkeypatch):
+    from transformers.quantizers.base import HfQuantizer
+
+    _, register = quantizers
+    monkeypatch.delattr(HfQuantizer, "param_element_size")
+    with pytest.warns(RuntimeWarning, match="HfQuantizer has no param_element_size any more"):
+        register()
+
+
+def test_transformers_may_be_imported_first():
+    """And without us our checkpoints fail loudly, by the name and shape of their weights."""
+    out = run_python(
+        """
+        import tempfile, torch, transformers
+        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+        sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=2)
+        dense, packed = tempfile.mkdtemp(), tempfile.mkdtemp()
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(dense)
+        import qlora_native as qn
+        model = AutoModelForCausalLM.from_pretrained(
+            dense, quantization_config=qn.QLoRANativeConfig())
+        model.save_pretrained(packed)
+        print(type(AutoModelForCausalLM.from_pretrained(packed).model.layers[0].mlp.up_proj))
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as mapping
+        mapping.pop("qlora_native")
+        try:
+            AutoModelForCausalLM.from_pretrained(packed)
+        except RuntimeError as error:
+            print(type(error).__name__)
+        """
+    )
+    assert out.splitlines() == ["<class 'qlora_native.nn.linear.Linear4bit'>", "RuntimeError"]
 
 
 def run_python(code):

@@ -349,3 +349,23 @@ def test_the_default_device_is_the_best_there_is(llama):
     model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=QLoRANativeConfig())
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert {p.device.type for p in model.parameters()} == {expected}
+
+
+def test_a_saved_model_has_a_card_and_tags(saved, tmp_path):
+    model, folder = saved
+    text = (folder / "README.md").read_text()
+    assert "## Quantization" in text and "import qlora_native" in text
+    assert all(f"- {tag}\n" in text for tag in ("qlora_native", "4-bit", "nf4"))
+    assert {"qlora_native", "nf4"} <= set(model.model_tags)
+    copied = copy.deepcopy(model)
+    copied.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").is_file()
+    copied.dequantize().save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense" / "README.md").exists()
+
+
+def test_a_model_survives_pickling(saved, tmp_path):
+    model, _ = saved
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert_same_state(model, again)

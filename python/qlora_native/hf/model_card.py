@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,20 @@ def write_model_card(
     card.text = text
     card.save(path)
     return path
+
+
+def attach_card(model: Any) -> None:
+    """Has the model write its card when it is saved, and its tags when it is uploaded."""
+    model.add_model_tags(model_tags(model.config.quantization_config))
+
+    @functools.wraps(type(model).save_pretrained)
+    def save_pretrained(self: Any, save_directory: Any, *arguments: Any, **options: Any) -> Any:
+        result = type(self).save_pretrained(self, save_directory, *arguments, **options)
+        config = getattr(self.config, "quantization_config", None)
+        whole = not getattr(self, "_hf_peft_config_loaded", False)
+        on_this_rank = arguments[0] if arguments else options.get("is_main_process", True)
+        if isinstance(config, QLoRANativeConfig) and whole and on_this_rank:
+            write_model_card(save_directory, config)
+        return result
+
+    model.save_pretrained = types.MethodType(save_pretrained, model)

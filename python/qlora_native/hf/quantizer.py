@@ -6,6 +6,7 @@ each tensor as it is read: no more than the packed model and one dense tensor ar
 
 from __future__ import annotations
 
+import re
 import types
 import weakref
 from typing import Any
@@ -22,6 +23,7 @@ from qlora_native.hf import bitsandbytes_models, moe
 from qlora_native.hf.config import QUANT_METHOD, QLoRANativeConfig
 from qlora_native.hf.embeddings import tie_parts, token_embeddings
 from qlora_native.hf.layer_kinds import KINDS, kind_of
+from qlora_native.hf.model_card import attach_card
 from qlora_native.hf.packing import (
     PackOnLoad,
     current_observer,
@@ -35,8 +37,42 @@ from qlora_native.nn.lora import LoraLinear
 logger = logging.get_logger("qlora_native")
 
 
+_OLDEST, _TOO_NEW = (5, 10), (6,)
+_OVERRIDDEN = (
+    "_dequantize",
+    "_process_model_after_weight_loading",
+    "_process_model_before_weight_loading",
+    "adjust_max_memory",
+    "get_quantize_ops",
+    "get_state_dict_and_metadata",
+    "get_weight_conversions",
+    "is_serializable",
+    "param_element_size",
+    "param_needs_quantization",
+    "update_device_map",
+    "validate_environment",
+)
+
+
 def register() -> None:
-    """Makes transformers know the method. Calling it again changes nothing."""
+    """Makes transformers know the method. Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: the version of transformers is outside of what is supported.
+        AttributeError: it does not ask a quantizer what it used to.
+    """
+    # Not at the top: this module may be imported before transformers has put its lazy module in its
+    # own place.
+    import transformers
+
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    if not _OLDEST <= version < _TOO_NEW:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} is not one of 5.10 to 5.x, as supported"
+        )
+    moved = [name for name in _OVERRIDDEN if not hasattr(HfQuantizer, name)]
+    if moved:
+        raise AttributeError(f"transformers' HfQuantizer has no {', '.join(moved)} any more")
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, QLoRANativeConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, QLoRANativeQuantizer)
 
@@ -206,17 +242,19 @@ class QLoRANativeQuantizer(HfQuantizer):
             pack_new_weights(model)
             moe.keep_stacks_when_saving(model)
         model.num_parameters = types.MethodType(num_parameters, model)
+        attach_card(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # as save_pretrained leaves it in the config
-            dtype = getattr(torch, dtype)
+        # Saving leaves the dtype of a configuration as a name.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(model.named_modules()):
             kind = kind_of(module)
             if kind is not None:
                 model.set_submodule(name, kind.to_dense(module, dtype))
         model.tie_weights()
-        model.__dict__.pop("num_parameters", None)
+        for name in ("num_parameters", "save_pretrained"):
+            model.__dict__.pop(name, None)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
