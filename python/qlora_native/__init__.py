@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qlora_native import hf, kernels, memory, nn, optim
+from qlora_native import hf, kernels, nn
 from qlora_native._C import CudaError, __version__, cuda_unavailable_reason, list_devices
 from qlora_native.functional import (
     QUANT_TYPES,
@@ -19,6 +19,7 @@ from qlora_native.functional import (
 from qlora_native.nn import add_lora, merge_lora, prepare_for_training, unmerge_lora
 
 if TYPE_CHECKING:
+    from qlora_native import memory, optim
     from qlora_native.checkpoint import load_adapter, save_adapter
     from qlora_native.convert import quantize_model
     from qlora_native.hf.config import QLoRANativeConfig
@@ -51,11 +52,13 @@ __all__ = [
     "unmerge_lora",
 ]
 
-# Imported when they are asked for: `import qlora_native` is to cost little, and transformers not to
-# be needed.
+# Imported when they are asked for, from these modules (submodules from the package itself): `import
+# qlora_native` is to cost little, and transformers not to be needed.
 _LATER = {
     "QLoRANativeConfig": "qlora_native.hf.config",
     "load_adapter": "qlora_native.checkpoint",
+    "memory": "qlora_native",
+    "optim": "qlora_native",
     "quantize_model": "qlora_native.convert",
     "save_adapter": "qlora_native.checkpoint",
 }
@@ -64,6 +67,8 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _LATER[name] == __name__:
+        return importlib.import_module(f"{__name__}.{name}")
     value = getattr(importlib.import_module(_LATER[name]), name)
     globals()[name] = value
     return value
