@@ -16,6 +16,7 @@
 #include "qlora_native/codebook.h"
 #include "qlora_native/error.h"
 #include "qlora_native/optimizer.h"
+#include "qlora_native/paged_optimizer.h"
 
 namespace nb = nanobind;
 namespace qn = qlora_native;
@@ -35,9 +36,10 @@ class OptimizerStepper {
       : arguments_(TensorReader(exchange_api, std::move(dtypes), std::move(current_stream))),
         empty_bytes_(std::move(empty_bytes)) {}
 
-  std::vector<std::pair<int, int>> read(nb::list groups, nb::dict state) {
+  std::vector<std::pair<int, int>> read(nb::list groups, nb::dict state, bool allows_host_state) {
     std::vector<std::pair<int, int>> places;
-    for (const ParameterPlace& place : arguments_.read(std::move(groups), std::move(state))) {
+    for (const ParameterPlace& place :
+         arguments_.read(std::move(groups), std::move(state), allows_host_state)) {
       places.emplace_back(place.group, place.index);
     }
     return places;
@@ -70,7 +72,8 @@ class OptimizerStepper {
 
   void step(int device, const std::string& algorithm, const std::vector<Group>& groups,
             nb::handle grad_scale, nb::handle found_inf, nb::handle grad_norm, double max_norm,
-            bool skip_nonfinite, bool stochastic_rounding, uint64_t seed) {
+            bool skip_nonfinite, bool stochastic_rounding, uint64_t seed, const qn::PagedPool* pool,
+            const std::vector<std::pair<uintptr_t, int64_t>>& allocations, int64_t part_bytes) {
     const DeviceTensors& tensors = find(device);
     std::vector<qn::OptimizerGroup> values;
     for (const auto& [lr, lr_tensor, beta1, beta2, eps, weight_decay, maximize] : groups) {
@@ -88,9 +91,14 @@ class OptimizerStepper {
                                      .skip_nonfinite = skip_nonfinite,
                                      .stochastic_rounding = stochastic_rounding,
                                      .seed = seed};
+    std::vector<qn::PagedRange> ranges;
+    for (const auto& [address, size_bytes] : allocations) {
+      ranges.push_back({reinterpret_cast<void*>(address), size_bytes});
+    }
     run(tensors.device, qn::optimizer_step_workspace_bytes(args),
         [&](qn::Workspace workspace, qn::Stream stream) {
-          qn::optimizer_step(args, workspace, stream);
+          if (pool == nullptr) return qn::optimizer_step(args, workspace, stream);
+          qn::paged_optimizer_step(args, *pool, ranges, part_bytes, workspace, stream);
         });
   }
 
@@ -161,7 +169,8 @@ void bind_optimizer(nb::module_& m) {
             new (self) OptimizerStepper(exchange_api, dtypes, current_stream, empty_bytes);
           },
           nb::kw_only(), "exchange_api"_a.none(), "dtypes"_a, "current_stream"_a, "empty_bytes"_a)
-      .def("read", &OptimizerStepper::read, "groups"_a, "state"_a,
+      .def("read", &OptimizerStepper::read, "groups"_a, "state"_a, nb::kw_only(),
+           "allows_host_state"_a,
            "Reads what the next step takes; returns (group, index) of parameters without state.")
       .def("devices", &OptimizerStepper::devices,
            "The devices of what was read: -1 is the CPU, i >= 0 is CUDA device i.")
@@ -170,5 +179,6 @@ void bind_optimizer(nb::module_& m) {
       .def("gradient_norm", &OptimizerStepper::gradient_norm, "device"_a, "norm"_a)
       .def("step", &OptimizerStepper::step, "device"_a, nb::kw_only(), "algorithm"_a, "groups"_a,
            "grad_scale"_a.none(), "found_inf"_a.none(), "grad_norm"_a.none(), "max_norm"_a,
-           "skip_nonfinite"_a, "stochastic_rounding"_a, "seed"_a);
+           "skip_nonfinite"_a, "stochastic_rounding"_a, "seed"_a, "pool"_a.none(), "allocations"_a,
+           "part_bytes"_a, "With a pool, state lies in its `allocations` (address, bytes).");
 }

@@ -90,7 +90,9 @@ TensorFacts OptimizerArguments::read_state(const Parameter& parameter, nb::handl
       !(reader_.read(value, &facts) || reader_.read(local_part(value), &facts))) {
     refuse(parameter, "its state has no tensor '" + text_of(key) + "'");
   }
-  if (facts.numel != count || facts.device != parameter.facts.device || !facts.is_contiguous ||
+  const bool is_in_place = facts.device == parameter.facts.device ||
+                           (allows_host_state_ && facts.device.is_cpu() && !key.is(step_key_));
+  if (facts.numel != count || !is_in_place || !facts.is_contiguous ||
       !(facts.is_uint8 || (facts.is_float && facts.dtype == qn::DType::kFloat32))) {
     refuse(parameter, "'" + text_of(key) + "' of its state is " + text_of(value.attr("dtype")) +
                           " with " + std::to_string(facts.numel) + " elements on " +
@@ -145,8 +147,10 @@ void OptimizerArguments::add(qn::Device device, const qn::OptimizerTensor& tenso
   devices_.push_back({device, {tensor}});
 }
 
-std::vector<ParameterPlace> OptimizerArguments::read(nb::list groups, nb::dict state) {
+std::vector<ParameterPlace> OptimizerArguments::read(nb::list groups, nb::dict state,
+                                                     bool allows_host_state) {
   release();
+  allows_host_state_ = allows_host_state;
   std::vector<ParameterPlace> without_state;
   uint32_t number = 0;
   for (size_t g = 0; g < groups.size(); ++g) {

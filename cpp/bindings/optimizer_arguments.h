@@ -29,8 +29,9 @@ class OptimizerArguments {
 
   /// Reads all parameters that have a gradient, with their state. Returns the places of those that
   /// have no state yet, which are left out. Throws nb::value_error or nb::type_error that names the
-  /// parameter.
-  std::vector<ParameterPlace> read(nanobind::list groups, nanobind::dict state);
+  /// parameter. `allows_host_state`: moments and masters may be in a pool's pinned host memory.
+  std::vector<ParameterPlace> read(nanobind::list groups, nanobind::dict state,
+                                   bool allows_host_state);
 
   const std::vector<DeviceTensors>& devices() const { return devices_; }
   /// The parameters that were read, as Python's objects.
@@ -57,6 +58,7 @@ class OptimizerArguments {
   void add(qlora_native::Device device, const qlora_native::OptimizerTensor& tensor);
 
   TensorReader reader_;
+  bool allows_host_state_ = false;
   std::vector<DeviceTensors> devices_;
   nanobind::list params_;
   std::vector<nanobind::object> owned_;

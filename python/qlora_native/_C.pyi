@@ -327,7 +327,7 @@ class OptimizerStepper:
         current_stream: object,
         empty_bytes: object,
     ) -> None: ...
-    def read(self, groups: list, state: dict) -> list[tuple[int, int]]:
+    def read(self, groups: list, state: dict, *, allows_host_state: bool) -> list[tuple[int, int]]:
         """
         Reads what the next step takes; returns (group, index) of parameters without state.
         """
@@ -355,4 +355,8 @@ class OptimizerStepper:
         skip_nonfinite: bool,
         stochastic_rounding: bool,
         seed: int,
-    ) -> None: ...
+        pool: PagedPool | None,
+        allocations: Sequence[tuple[int, int]],
+        part_bytes: int,
+    ) -> None:
+        """With a pool, state lies in its `allocations` (address, bytes)."""

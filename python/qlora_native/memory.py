@@ -94,11 +94,13 @@ class PagedPool:
         region_bytes: int = REGION_BYTES,
     ) -> None:
         self.device = _indexed(device)
+        self.device_budget = DEVICE_BUDGET_BYTES if device_budget is None else device_budget
+        """Bytes of device memory of the pinned backing's staging cache."""
         self._pool = _C.PagedPool.make(
             device=device_code(self.device),
             backing=backing,
             region_bytes=region_bytes,
-            device_budget_bytes=DEVICE_BUDGET_BYTES if device_budget is None else device_budget,
+            device_budget_bytes=self.device_budget,
         )
 
     @property

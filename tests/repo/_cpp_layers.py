@@ -29,7 +29,10 @@ def _public(*stems: str) -> tuple[str, ...]:
 LAYERS = (
     Layer("base", _public("export", "dtype", "stream", "device", "error", "version")),
     Layer("formats", _public("codebook", "views", "quantized")),
-    Layer("operations", (*_public("quantize", "dequantize", "matmul", "optimizer", "memory"),)),
+    Layer(
+        "operations",
+        (*_public("quantize", "dequantize", "matmul", "optimizer", "memory", "paged_optimizer"),),
+    ),
     Layer("kernels", _public("kernels")),
     Layer("umbrella", _public("qlora_native")),
     Layer("c_abi", _public("c_api", "c_api_memory", "c_api_optimizer")),

@@ -11,6 +11,7 @@
 #include "qlora_native/matmul.h"
 #include "qlora_native/memory.h"
 #include "qlora_native/optimizer.h"
+#include "qlora_native/paged_optimizer.h"
 #include "qlora_native/quantize.h"
 #include "qlora_native/quantized.h"
 #include "qlora_native/stream.h"

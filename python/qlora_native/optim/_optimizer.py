@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from qlora_native import _C, _weight
+from qlora_native import _C, _weight, memory
 from qlora_native.optim import _state
 from qlora_native.optim._overrides import Overrides
+from qlora_native.optim._paging import PagedStates
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
@@ -66,6 +67,7 @@ class NativeOptimizer(torch.optim.Optimizer):
         seed: int,
         max_norm: float,
         skip_nonfinite: bool,
+        paged: bool | memory.PagedPool,
     ) -> None:
         if bits not in (8, 32):
             raise ValueError(f"bits is {bits}; states have 8 or 32")
@@ -81,13 +83,16 @@ class NativeOptimizer(torch.optim.Optimizer):
             "seed": seed,
             "max_norm": float(max_norm),
             "skip_nonfinite": skip_nonfinite,
+            "paged": bool(paged),
         }
         self._overrides = Overrides()
-        self._set_up()
+        self._set_up(paged if isinstance(paged, memory.PagedPool) else None)
         super().__init__(params, defaults)
 
-    def _set_up(self) -> None:
+    def _set_up(self, pool: memory.PagedPool | None) -> None:
         self._stepper = _make_stepper()
+        self._paging = PagedStates(pool) if self._options["paged"] else None
+        self._allocations: dict[int, list[tuple[int, int]]] = {}
         self.grad_norm: torch.Tensor | None = None
         """The L2 norm of all gradients as the last step found them (one element, on their device);
         None unless the optimizer clips or skips steps that are not finite."""
@@ -144,19 +149,46 @@ class NativeOptimizer(torch.optim.Optimizer):
         return 32 if param.numel() < self._options["min_8bit_size"] else bits
 
     def _init_states(self, places: Iterable[tuple[int, int]]) -> None:
-        for group, index in places:
-            param = self.param_groups[group]["params"][index]
+        params, entries = [], []
+        for place in places:
+            param = self.param_groups[place[0]]["params"][place[1]]
             if param.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "the optimizer has no state yet, and a graph that makes it would reset it in "
                     "every replay: take a step before the capture"
                 )
-            self.state[param] = _state.make_state(
-                param,
-                self.moments,
-                self._bits_of((group, index), param),
-                self._options["master_weights"],
-            )
+            bits = self._bits_of(place, param)
+            master = self._options["master_weights"]
+            params.append(param)
+            entries.append(_state.fresh_entries(param, self.moments, bits, master))
+        for param, state in zip(params, self._states_of(params, entries), strict=True):
+            self.state[param] = state
+
+    def _states_of(
+        self, params: Sequence[torch.Tensor], entries: Sequence[_state.Entries]
+    ) -> list[_state.State]:
+        """Return states with these contents where this optimizer's belong."""
+        self._allocations.clear()
+        if self._paging is not None:
+            return self._paging.place(params, entries)
+        return [
+            {name: e.make(_state.local_part(param).device) for name, e in own.items()}
+            for param, own in zip(params, entries, strict=True)
+        ]
+
+    def _paging_of(self, code: int) -> tuple[Any, list[tuple[int, int]], int]:
+        """The pool of a device, where states are in it, and how much of them to bring at a time."""
+        device = _device_of(code)
+        if self._paging is None or not self._paging.is_moved(device):
+            return None, [], 0
+        if code not in self._allocations:
+            self._allocations[code] = self._paging.allocations(self.state.values(), device)
+        pool = self._paging.pool(device)
+        return pool.core, self._allocations[code], self._paging.part_bytes(device)
+
+    def _read(self) -> list[tuple[int, int]]:
+        on_host = self._paging is not None and self._paging.keeps_state_on_host()
+        return self._stepper.read(self.param_groups, self.state, allows_host_state=on_host)
 
     def _group_values(self, device: torch.device) -> list[tuple[Any, ...]]:
         """The groups' hyperparameters as the core takes them; an lr on the device stays there."""
@@ -190,6 +222,7 @@ class NativeOptimizer(torch.optim.Optimizer):
             if self.grad_norm is None or self.grad_norm.device != device:
                 self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
             self._stepper.gradient_norm(code, self.grad_norm)
+        pool, allocations, part_bytes = self._paging_of(code)
         self._stepper.step(
             code,
             algorithm=self.algorithm,
@@ -201,6 +234,9 @@ class NativeOptimizer(torch.optim.Optimizer):
             skip_nonfinite=self._options["skip_nonfinite"],
             stochastic_rounding=self._options["stochastic_rounding"],
             seed=self._options["seed"],
+            pool=pool,
+            allocations=allocations,
+            part_bytes=part_bytes,
         )
 
     @torch.no_grad()
@@ -217,10 +253,10 @@ class NativeOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        missing = self._stepper.read(self.param_groups, self.state)
+        missing = self._read()
         if missing:
             self._init_states(missing)
-            self._stepper.read(self.param_groups, self.state)
+            self._read()
         devices = self._stepper.devices()
         if len(devices) > 1 and self._needs_norm():
             raise ValueError(
@@ -237,6 +273,18 @@ class NativeOptimizer(torch.optim.Optimizer):
         return loss
 
     # ---- Checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does: plain tensors, those of paged memory as they lie there.
+
+        Waits for a paged state that is on its way from the device.
+        """
+        self._synchronize()
+        return super().state_dict()
+
+    def _synchronize(self) -> None:
+        if self._paging is not None:
+            self._paging.synchronize_to_host(self.state.values())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned: this class's, torch's or bitsandbytes'.
@@ -262,12 +310,15 @@ class NativeOptimizer(torch.optim.Optimizer):
             for group, saved in zip(optimizer.param_groups, saved_groups, strict=False)
             for saved_id, param in zip(saved["params"], group["params"], strict=False)
         }
-        state = {}
-        for key, saved in state_dict["state"].items():
-            if key in params:
-                loaded = _state.loaded_state(params[key], optimizer.moments, saved)
-                saved = {name: _Loaded(tensor) for name, tensor in loaded.items()}
-            state[key] = saved
+        state = {key: saved for key, saved in state_dict["state"].items() if key not in params}
+        loaded = {key: params[key] for key in state_dict["state"] if key in params}
+        entries = [
+            _state.saved_entries(param, optimizer.moments, state_dict["state"][key])
+            for key, param in loaded.items()
+        ]
+        states = optimizer._states_of(list(loaded.values()), entries)
+        for key, own in zip(loaded, states, strict=True):
+            state[key] = {name: _Loaded(tensor) for name, tensor in own.items()}
         groups = []
         for saved in saved_groups:
             kept = {name: value for name, value in saved.items() if name not in _FOREIGN_OPTIONS}
@@ -282,6 +333,7 @@ class NativeOptimizer(torch.optim.Optimizer):
                 optimizer.state[param] = {name: box.tensor for name, box in state.items()}
 
     def __getstate__(self) -> dict[str, Any]:
+        self._synchronize()
         return {
             **super().__getstate__(),
             "_options": dict(self._options),
@@ -290,5 +342,14 @@ class NativeOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_stepper" not in self.__dict__:
-            self._set_up()
+        if "_stepper" in self.__dict__:
+            return
+        self._set_up(None)
+        if self._paging is not None:
+            # What was copied or unpickled is in ordinary memory.
+            params = [param for param in self.state if isinstance(param, torch.Tensor)]
+            entries = [
+                _state.saved_entries(param, self.moments, self.state[param]) for param in params
+            ]
+            for param, own in zip(params, self._states_of(params, entries), strict=True):
+                self.state[param] = own

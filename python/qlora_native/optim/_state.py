@@ -8,6 +8,8 @@ the parameter in fp32. The 32-bit names are torch's own, so its state dicts load
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,39 @@ import torch
 from qlora_native import _C
 
 State = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass
+class Entry:
+    """A tensor of a state before it has memory: what it is to hold."""
+
+    content: float | torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    sharded_as: torch.Tensor | None = None
+    """A DTensor; the tensor is sharded in the same way. `shape` is the shard's."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of the tensor, or of its shard."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def make(self, device: torch.device) -> torch.Tensor:
+        """Return it in ordinary memory of a device."""
+        if isinstance(self.content, torch.Tensor):
+            return self.content.detach().to(device, self.dtype, copy=True).contiguous()
+        if self.sharded_as is not None:
+            return torch.full_like(self.sharded_as, self.content, dtype=self.dtype)
+        return torch.full(self.shape, self.content, dtype=self.dtype, device=device)
+
+    def fill(self, memory: torch.Tensor) -> torch.Tensor:
+        """Give `memory`, of its shape and dtype, its content; return it."""
+        if isinstance(self.content, torch.Tensor):
+            return memory.copy_(local_part(self.content).detach())
+        return memory.fill_(self.content)
+
+
+Entries = dict[str, Entry]
 
 ABSMAX_SUFFIX = "_absmax"
 _ZERO_CODES = {"exp_avg": _C.SIGNED_DYNAMIC_ZERO_CODE, "exp_avg_sq": 0}
@@ -43,23 +78,23 @@ def num_blocks(numel: int) -> int:
     return -(-numel // _C.STATE_BLOCK_SIZE)
 
 
-def make_state(param: torch.Tensor, moments: tuple[str, ...], bits: int, master: bool) -> State:
+def fresh_entries(
+    param: torch.Tensor, moments: tuple[str, ...], bits: int, master: bool
+) -> Entries:
     """Return the state before the first step: zeros, and the master copy of a 16-bit parameter."""
-    device = local_part(param).device
-    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+    local = local_part(param)
+    sharded_as = param.detach() if local is not param else None
+    scales = torch.Size([num_blocks(local.numel())])
+    entries = {"step": Entry(0.0, torch.Size(), torch.float32)}
     for name in moments:
         if bits == 32:
-            state[name] = torch.zeros_like(
-                param, dtype=torch.float32, memory_format=torch.contiguous_format
-            )
+            entries[name] = Entry(0.0, local.shape, torch.float32, sharded_as)
             continue
-        codes = torch.zeros_like(param, dtype=torch.uint8, memory_format=torch.contiguous_format)
-        state[name] = codes.fill_(_ZERO_CODES[name])
-        blocks = num_blocks(local_part(param).numel())
-        state[name + ABSMAX_SUFFIX] = torch.zeros(blocks, dtype=torch.float32, device=device)
+        entries[name] = Entry(_ZERO_CODES[name], local.shape, torch.uint8, sharded_as)
+        entries[name + ABSMAX_SUFFIX] = Entry(0.0, scales, torch.float32)
     if master and param.dtype != torch.float32:
-        state["master"] = param.detach().to(torch.float32).contiguous()
-    return state
+        entries["master"] = Entry(param.detach(), local.shape, torch.float32)
+    return entries
 
 
 def from_bitsandbytes(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,42 +121,38 @@ def from_bitsandbytes(state: Mapping[str, Any]) -> dict[str, Any]:
     return {_BITSANDBYTES.get(key, key): value for key, value in state.items()}
 
 
-def loaded_state(param: torch.Tensor, moments: tuple[str, ...], saved: Mapping[str, Any]) -> State:
-    """Return copies of a saved state's tensors on the parameter's device, in their own dtypes.
+def saved_entries(
+    param: torch.Tensor, moments: tuple[str, ...], saved: Mapping[str, Any]
+) -> Entries:
+    """Return what a saved state holds, in its own dtypes.
 
     Raises:
         ValueError: the state is another algorithm's, or of a parameter of another size.
     """
-    saved = from_bitsandbytes(saved)
-    local = local_part(param)
-    state: State = {}
-    for key, value in saved.items():
-        dtype = torch.float32
-        if key in moments and isinstance(value, torch.Tensor) and value.dtype == torch.uint8:
-            dtype = torch.uint8
+    known = (*moments, *(name + ABSMAX_SUFFIX for name in moments), "master")
+    entries: Entries = {}
+    for key, value in from_bitsandbytes(saved).items():
         if key == "step":
-            state[key] = torch.as_tensor(value, dtype=dtype).to(local.device, copy=True).reshape(())
-            continue
-        if not isinstance(value, torch.Tensor) or key.removesuffix(ABSMAX_SUFFIX) not in (
-            *moments,
-            "master",
-        ):
+            value = torch.as_tensor(value, dtype=torch.float32).reshape(())
+        elif key not in known or not isinstance(value, torch.Tensor):
             raise ValueError(f"a saved state has {key!r}; this optimizer's has step, {moments}")
-        state[key] = value.detach().to(local.device, dtype, copy=True).contiguous()
-    _check(local, moments, state)
-    return state
+        is_coded = key in moments and value.dtype == torch.uint8
+        dtype = torch.uint8 if is_coded else torch.float32
+        entries[key] = Entry(value, local_part(value).shape, dtype)
+    _check(local_part(param), moments, entries)
+    return entries
 
 
-def _check(param: torch.Tensor, moments: tuple[str, ...], state: State) -> None:
-    sizes = {}
+def _check(param: torch.Tensor, moments: tuple[str, ...], entries: Entries) -> None:
+    sizes = {"step": 1}
     for name in moments:
         sizes[name] = param.numel()
-        if name in state and state[name].dtype == torch.uint8:
+        if name in entries and entries[name].dtype == torch.uint8:
             sizes[name + ABSMAX_SUFFIX] = num_blocks(param.numel())
-    if "master" in state:
+    if "master" in entries:
         sizes["master"] = param.numel()
-    for key, numel in {"step": 1, **sizes}.items():
-        found = local_part(state[key]).numel() if key in state else None
+    for key, numel in sizes.items():
+        found = math.prod(entries[key].shape) if key in entries else None
         if found != numel:
             raise ValueError(
                 f"{key!r} of a saved state has {found} elements, expected {numel} for a parameter "

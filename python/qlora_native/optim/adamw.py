@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qlora_native.memory import PagedPool
 from qlora_native.optim._optimizer import NativeOptimizer
 
 
@@ -26,6 +27,10 @@ class AdamW(NativeOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled from the gradient.
         bits: of the state, 32 or 8.
+        paged: keep the state in paged memory, in the pool of its device that the process shares, or
+            in the pool that is given (`qlora_native.memory.PagedPool`, for another backing or
+            budget). It can then leave the GPU, and a step brings what is not there, in parts, while
+            others are updated. Results are the same. On a CPU the memory is paged by the system.
         min_8bit_size: a parameter of fewer elements (in all, when it is a sharded DTensor) keeps a
             32-bit state.
         master_weights: keep an fp32 copy of 16-bit parameters in the state. It is what is updated;
@@ -56,6 +61,7 @@ class AdamW(NativeOptimizer):
         weight_decay: float = 1e-2,
         *,
         bits: int = 32,
+        paged: bool | PagedPool = False,
         min_8bit_size: int = 4096,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
@@ -75,6 +81,7 @@ class AdamW(NativeOptimizer):
             params,
             defaults,
             bits=bits,
+            paged=paged,
             min_8bit_size=min_8bit_size,
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
@@ -89,3 +96,25 @@ class AdamW8bit(AdamW):
 
     def __init__(self, params: Any, *args: Any, bits: int = 8, **kwargs: Any) -> None:
         super().__init__(params, *args, bits=bits, **kwargs)
+
+
+class PagedAdamW(AdamW):
+    """`AdamW` with paged state, of 32 bits unless `bits` says otherwise."""
+
+    def __init__(
+        self, params: Any, *args: Any, paged: bool | PagedPool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(params, *args, paged=paged, **kwargs)
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """`AdamW` with paged 8-bit state."""
+
+    def __init__(
+        self, params: Any, *args: Any, paged: bool | PagedPool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(params, *args, paged=paged, **kwargs)
+
+
+PagedAdamW32bit = PagedAdamW
+"""bitsandbytes' name for paged 32-bit state."""

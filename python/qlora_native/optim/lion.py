@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qlora_native.memory import PagedPool
 from qlora_native.optim._optimizer import NativeOptimizer
 
 
@@ -27,6 +28,7 @@ class Lion(NativeOptimizer):
         weight_decay: float = 0.0,
         *,
         bits: int = 32,
+        paged: bool | PagedPool = False,
         min_8bit_size: int = 4096,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
@@ -40,6 +42,7 @@ class Lion(NativeOptimizer):
             params,
             defaults,
             bits=bits,
+            paged=paged,
             min_8bit_size=min_8bit_size,
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
@@ -54,3 +57,25 @@ class Lion8bit(Lion):
 
     def __init__(self, params: Any, *args: Any, bits: int = 8, **kwargs: Any) -> None:
         super().__init__(params, *args, bits=bits, **kwargs)
+
+
+class PagedLion(Lion):
+    """`Lion` with paged state, of 32 bits unless `bits` says otherwise."""
+
+    def __init__(
+        self, params: Any, *args: Any, paged: bool | PagedPool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(params, *args, paged=paged, **kwargs)
+
+
+class PagedLion8bit(Lion8bit):
+    """`Lion` with paged 8-bit state."""
+
+    def __init__(
+        self, params: Any, *args: Any, paged: bool | PagedPool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(params, *args, paged=paged, **kwargs)
+
+
+PagedLion32bit = PagedLion
+"""bitsandbytes' name for paged 32-bit state."""
