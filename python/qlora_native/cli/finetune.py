@@ -28,6 +28,7 @@ from qlora_native.cli.trainer import (
     delete_incomplete,
     load_state,
 )
+from qlora_native.hf.optimizers import OPTIMIZERS
 
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "loss.png", RUN_FILE)
 # What may differ between a run and its continuation: it changes no number but for the device,
@@ -85,6 +86,7 @@ def finetune(options: FinetuneOptions) -> None:
         collator=data.Collator(tokenizer),
         base_model=options.model,
         dtype=where.dtype,
+        optimizer=options.optim,
     )
     if resume_from is None:
         _start_output(options)
@@ -190,13 +192,15 @@ def _training_arguments(
     same_name = (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
         "num_train_epochs", "max_steps", "per_device_train_batch_size",
-        "per_device_eval_batch_size", "gradient_accumulation_steps", "optim", "seed",
+        "per_device_eval_batch_size", "gradient_accumulation_steps", "seed",
         "logging_steps", "save_total_limit",
     )  # fmt: skip
     try:
         arguments = transformers.TrainingArguments(
             output_dir=str(options.output),
             **{name: getattr(options, name) for name in same_name},
+            # Of our own optimizers the trainer is told apart.
+            optim="adamw_torch" if options.optim in OPTIMIZERS else options.optim,
             use_cpu=where.device.type == "cpu",
             bf16=where.dtype == torch.bfloat16,
             fp16=where.dtype == torch.float16,
@@ -211,7 +215,8 @@ def _training_arguments(
             disable_tqdm=True,
         )
     except (ValueError, ImportError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+        ours = f" (or of ours: {', '.join(OPTIMIZERS)})" if options.optim in str(error) else ""
+        raise InputError(" ".join(str(error).split()) + ours) from error
     if where.device.type == "cuda":
         # With several GPUs Trainer would replicate the model in threads, one per GPU.
         _ = arguments.n_gpu

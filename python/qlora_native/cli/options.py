@@ -129,9 +129,14 @@ class FinetuneOptions(ModelOptions):
             "--gradient-checkpointing/--no-gradient-checkpointing",
         ),
     ] = True
-    optim: Annotated[str, option("An optimizer of transformers' Trainer.", _TRAINING)] = (
-        "adamw_torch"
-    )
+    optim: Annotated[
+        str,
+        option(
+            "adamw, lion, either with 8bit behind or paged_ before it, or an optimizer of "
+            "transformers' Trainer.",
+            _TRAINING,
+        ),
+    ] = "paged_adamw"
     seed: Annotated[int, option("Of initialization, data order and dropout.", _TRAINING)] = 42
     logging_steps: Annotated[int, option("Steps between log lines.", _OUTPUT)] = 10
     eval_steps: Annotated[

@@ -22,6 +22,7 @@ from transformers.trainer_callback import TrainerCallback
 import qlora_native as qn
 from qlora_native.cli.data import Collator, Sequences
 from qlora_native.cli.loss import mean_token_loss
+from qlora_native.hf.optimizers import OPTIMIZERS, optimizer_cls_and_kwargs
 
 _STAGING = ".checkpoint-incomplete"
 
@@ -59,6 +60,7 @@ class AdapterTrainer(transformers.Trainer):
         collator: Collator,
         base_model: str,
         dtype: torch.dtype,
+        optimizer: str,
     ) -> None:
         super().__init__(
             model=model,
@@ -66,6 +68,9 @@ class AdapterTrainer(transformers.Trainer):
             train_dataset=train.rows,
             eval_dataset=evaluation.rows if evaluation else None,
             data_collator=collator,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(optimizer, args)
+            if optimizer in OPTIMIZERS
+            else None,
         )
         self._base_model = base_model
         self._dtype = dtype

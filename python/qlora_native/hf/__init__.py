@@ -18,6 +18,8 @@ _EXPORTS = {
     "save_for_bitsandbytes": "qlora_native.hf.bitsandbytes_models",
     "use_in_place_of_bitsandbytes": "qlora_native.hf.bitsandbytes_models",
     "init_loftq": "qlora_native.hf.peft_init",
+    "optimizer_cls_and_kwargs": "qlora_native.hf.optimizers",
+    "use_as_paged_optimizers": "qlora_native.hf.optimizers",
 }
 
 # (what is imported, what runs then as "module:function").
