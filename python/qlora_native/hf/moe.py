@@ -146,15 +146,24 @@ def pack_while_stacking(
     if not any(isinstance(module, Experts4bit) for module in model.modules()):
         return list(conversions)
     return [
-        conversion.copy(
-            conversion._original_source_patterns,
-            conversion._original_target_patterns,
-            operations=[StackOnLoad(list(conversion.operations), failures)],
-        )
+        _with_operation(conversion, StackOnLoad(list(conversion.operations), failures))
         if _stacks_matrices(conversion)
         else conversion
         for conversion in conversions
     ]
+
+
+def _with_operation(conversion: Any, operation: ConversionOps) -> WeightConverter:
+    """The conversion with another operation; `WeightConverter.copy` is newer than 5.17."""
+    made = WeightConverter(
+        list(conversion._original_source_patterns),
+        list(conversion._original_target_patterns),
+        operations=[operation],
+    )
+    for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+        if hasattr(conversion, name):
+            setattr(made, name, getattr(conversion, name))
+    return made
 
 
 def keep_stacks_when_saving(model: nn.Module) -> None:

@@ -139,6 +139,7 @@ class QLoRANativeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, **_: Any
     ) -> None:
+        self._model = weakref.ref(model)
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules
@@ -217,12 +218,13 @@ class QLoRANativeQuantizer(HfQuantizer):
         """The operations that read another format than ours."""
         return bitsandbytes_models.weight_converters(self) if self._reads_bitsandbytes else []
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> list[Any]:
         """The conversions of the model's checkpoint; experts are packed before they are stacked."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
+        # The model is not passed before transformers 5.18.
+        conversions = super().update_weight_conversions(weight_conversions, *model)
         if self.pre_quantized:
             return conversions
-        return moe.pack_while_stacking(conversions, model, self.failures)
+        return moe.pack_while_stacking(conversions, self._model(), self.failures)
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation for one parameter."""
@@ -232,7 +234,6 @@ class QLoRANativeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         raise_first(self.failures)
-        self._model = weakref.ref(model)
         if self.pre_quantized:
             _require_loaded(model, self._shapes)
             if self._reads_bitsandbytes:
