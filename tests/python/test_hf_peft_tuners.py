@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from _hf import dense_twin, fill, logits, loss_and_gradients, quantized
 from qlora_native.hf.peft_tuners import FORWARD_LEAVES_WEIGHT_ALONE, refuse_untried
-from qlora_native.nn import Linear4bit
+from qlora_native.nn import Embedding4bit, Linear4bit
 
 LINEAR = {"target_modules": ["q_proj", "v_proj"]}
 
@@ -271,3 +271,20 @@ def test_xlora_mixes_lora_experts_over_four_bits(tmp_path):
         )
         outputs.append(logits(peft.get_peft_model(model, config).eval()))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(target_modules=["embed_tokens"]),
+        peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+        peft.TrainableTokensConfig(token_indices=[1, 2]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_packed_embeddings_are_refused(config):
+    model = quantized("llama")
+    table = torch.nn.Embedding(64, 64)
+    model.set_input_embeddings(Embedding4bit.from_embedding(table))
+    with pytest.raises(NotImplementedError, match="Embedding4bit"):
+        peft.get_peft_model(model, config)

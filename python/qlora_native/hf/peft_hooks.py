@@ -22,7 +22,13 @@ from qlora_native.hf.peft_dense import dense_copy
 from qlora_native.hf.peft_experts import ParamWrapper, is_packed_stack
 from qlora_native.hf.peft_lora import Linear
 from qlora_native.hf.peft_tuners import create_and_replace_over_4bit, refuse_untried
-from qlora_native.nn import Experts4bit, Linear4bit, count_parameters, prepare_for_training
+from qlora_native.nn import (
+    Embedding4bit,
+    Experts4bit,
+    Linear4bit,
+    count_parameters,
+    prepare_for_training,
+)
 
 _MARK = "_qlora_native_original"
 
@@ -54,6 +60,11 @@ def install() -> None:
         parameter = kwargs.get("parameter_name")
         if parameter is None and isinstance(base, Linear4bit):
             return Linear(target, adapter_name, config=config, **kwargs)
+        if parameter is None and isinstance(base, Embedding4bit):
+            raise NotImplementedError(
+                "LoRA on an Embedding4bit is not implemented: leave it out of target_modules, or "
+                "out of quantization"
+            )
         if parameter is not None and is_packed_stack(base, parameter):
             return ParamWrapper(target, adapter_name, config=config, **kwargs)
         if parameter is not None and getattr(base, parameter).dtype == torch.uint8:
@@ -130,7 +141,9 @@ def _checkpoint_as_asked(model: nn.Module, call: inspect.BoundArguments) -> None
 
 
 def _has_4bit_layers(model: nn.Module) -> bool:
-    return any(isinstance(module, (Linear4bit, Experts4bit)) for module in model.modules())
+    return any(
+        isinstance(module, (Embedding4bit, Experts4bit, Linear4bit)) for module in model.modules()
+    )
 
 
 def _require_parameters(function: Any, *names: str) -> None:

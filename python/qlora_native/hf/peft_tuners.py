@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_native.hf.peft_dense import Over4bit, dense_base, dense_stand_in, write_back
-from qlora_native.nn import Experts4bit, Linear4bit
+from qlora_native.nn import Embedding4bit, Experts4bit, Linear4bit
 
 # The tests compare each of these with itself over the decoded weights. The forward of the first is
 # base_layer(x) and something beside it, whatever its options.
@@ -65,6 +65,7 @@ TRIED = FORWARD_LEAVES_WEIGHT_ALONE | {
     PeftType.XLORA,
 }
 
+_PACKED = (Embedding4bit, Experts4bit, Linear4bit)
 _METHODS_THAT_READ_WEIGHT = ("update_layer", "update_scaling", "get_delta_weight")
 
 
@@ -111,14 +112,17 @@ def _class_over_4bit(tuner_class: type, forward_reads_weight: bool) -> type:
 
 def refuse_untried(model: nn.Module, config: Any) -> None:
     """Raises NotImplementedError for a method that may read packed bytes of `model`."""
-    configs = config.values() if isinstance(config, dict) else (config,)
-    for one in configs:
-        if one.peft_type not in TRIED and any(
-            isinstance(m, (Linear4bit, Experts4bit)) for m in model.modules()
-        ):
+    packed = {type(m) for m in model.modules() if isinstance(m, _PACKED)}
+    for one in config.values() if isinstance(config, dict) else (config,):
+        if packed and one.peft_type not in TRIED:
             raise NotImplementedError(
                 f"{one.peft_type} is not known to leave 4-bit weights alone or to decode them "
                 f"first; with 4-bit layers, use one of {sorted(t.value for t in TRIED)}"
+            )
+        if Embedding4bit in packed and getattr(one, "trainable_token_indices", None):
+            raise NotImplementedError(
+                "trainable_token_indices over an Embedding4bit is not implemented: leave the "
+                "embeddings out of quantization"
             )
 
 
@@ -150,6 +154,10 @@ def create_and_replace_over_4bit(
                 f"second kind of adapter over it ({config.peft_type}) is not supported"
             )
         return
+    if isinstance(target, Embedding4bit) and config.peft_type != PeftType.LORA:
+        raise NotImplementedError(
+            f"{config.peft_type} on an Embedding4bit ({target_name!r}) is not implemented"
+        )
     if not isinstance(target, Linear4bit) or config.peft_type == PeftType.LORA:
         run(target)
         return
