@@ -41,6 +41,13 @@ int64_t plan_tensors(const OptimizerStepArgs& args, TensorPlan* plans) {
   return tasks;
 }
 
+/// Many small tensors are handed over together, a few not at all.
+int64_t tasks_at_a_time(const OptimizerStepArgs& args, int64_t tasks) {
+  int64_t numel = 1;
+  for (const OptimizerTensor& tensor : args.tensors) numel += tensor.numel;
+  return std::max<int64_t>(1, tasks * kElementsPerTask / numel);
+}
+
 }  // namespace
 
 int64_t optimizer_step_workspace_bytes(const OptimizerStepArgs& args) {
@@ -52,7 +59,7 @@ void run_optimizer_step(const OptimizerStepArgs& args, Workspace workspace, Step
   TensorPlan* const end = plans + args.tensors.size();
   const int64_t tasks = plan_tensors(args, plans);
   const StepCall call{args.algorithm, args.stochastic_rounding, args.seed};
-  parallel_for(tasks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(tasks, tasks_at_a_time(args, tasks), [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       // The last tensor that starts at or before the task; tensors without elements have none.
       const TensorPlan* const plan =
