@@ -170,3 +170,20 @@ def test_no_dense_stack_in_forward_or_backward():
     stack = 4 * 96 * 32
     assert all(t.numel() < stack for t in kept if t.is_floating_point())
     assert any(t.dtype == torch.uint8 for t in kept)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_device_has_the_same_bytes_and_results(device, kind):
+    reference = quantize_experts(dense_experts(kind))
+    layer = quantize_experts(dense_experts(kind), device=device)
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(dict(layer.named_parameters())[name].cpu(), parameter), name
+    x, index, weights = torch.randn(9, 32), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+    results = []
+    for one, place in ((reference, "cpu"), (layer, device)):
+        inputs = x.to(place).requires_grad_()
+        y = one(inputs, index.to(place), weights.to(place))
+        (gradient,) = torch.autograd.grad(y.square().sum(), inputs)
+        results.append((y.cpu(), gradient.cpu()))
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)

@@ -12,7 +12,7 @@ import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import qlora_native as qn
-from _hf import dense_twin, fill, logits, loss_and_gradients, quantized
+from _hf import IDS, dense_twin, fill, four_bit_state, logits, loss_and_gradients, quantized
 from _peft_pairs import ALL, KINDS, adapted_model, ours_in, pair, two_adapters
 from qlora_native.hf import peft_lora
 from qlora_native.nn import Linear4bit, adapted
@@ -342,3 +342,28 @@ def test_quantizing_after_adapting_leaves_the_adapted_layers_alone():
         assert reasons[path] == "in an adapter of PEFT: quantize first, then add adapters"
     assert len(report.converted) == 12
     assert not torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_every_device_computes_and_merges_alike(device, options):
+    models = [pair(**options)[0] for _ in range(2)]
+    models[1].to(device)
+    outputs = []
+    for model, place in zip(models, ("cpu", device), strict=True):
+        ids = IDS.to(place)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = [p.grad.cpu() for p in model.parameters() if p.requires_grad]
+        before = four_bit_state(model)
+        model.merge_adapter()
+        merged = logits_on(model, ids).cpu()
+        model.unmerge_adapter()
+        assert all(torch.equal(t, before[n]) for n, t in four_bit_state(model).items())
+        outputs.append([loss.detach().cpu(), merged, *gradients])
+    for got, expected in zip(outputs[1], outputs[0], strict=True):
+        assert (got - expected).norm() <= 2e-3 * expected.norm() + 1e-6
+
+
+def logits_on(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
