@@ -17,7 +17,7 @@
 #include "host/kernel_args.h"
 #include "host/launch.h"
 #include "host/stream.h"
-#include "operations.h"
+#include "optimizer_kernels.h"
 
 namespace qlora_native::cuda {
 namespace {

@@ -29,7 +29,7 @@
 #include "host/kernel_args.h"
 #include "host/launch.h"
 #include "host/stream.h"
-#include "operations.h"
+#include "optimizer_kernels.h"
 #include "optimizer_math.h"
 #include "optimizer_moment.cuh"
 #include "optimizer_tables.h"
