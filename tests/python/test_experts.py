@@ -187,3 +187,15 @@ def test_every_device_has_the_same_bytes_and_results(device, kind):
         results.append((y.cpu(), gradient.cpu()))
     for got, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_layer_compiles_in_one_graph():
+    layer = quantize_experts(dense_experts("mixtral"))
+    x, index, weights = torch.randn(6, 32), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    x.requires_grad_()
+    results = []
+    for one in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = one(x, index, weights)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected)
