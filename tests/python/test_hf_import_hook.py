@@ -162,6 +162,23 @@ def test_transformers_may_be_imported_first():
     assert out.splitlines() == ["<class 'qlora_native.nn.linear.Linear4bit'>", "RuntimeError"]
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_paged_optimizers_stand_in_for_a_library_that_is_not_there(monkeypatch, installed):
+    from importlib import util
+
+    table = pytest.importorskip("transformers.trainer_optimizer")._OPTIMIZER_HANDLERS
+    before = dict(table)
+    monkeypatch.setattr(util, "find_spec", lambda name: object() if installed else None)
+    try:
+        from qlora_native.hf.optimizers import stand_in_for_bitsandbytes
+
+        stand_in_for_bitsandbytes()
+        assert (table["paged_adamw_8bit"] is before["paged_adamw_8bit"]) == installed
+    finally:
+        table.clear()
+        table.update(before)
+
+
 def run_python(code):
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True

@@ -26,6 +26,7 @@ _EXPORTS = {
 _HOOKS: tuple[tuple[str, str], ...] = (
     ("transformers.quantizers", "qlora_native.hf.quantizer:register"),
     ("peft", "qlora_native.hf.peft_hooks:install"),
+    ("transformers.trainer_optimizer", "qlora_native.hf.optimizers:stand_in_for_bitsandbytes"),
 )
 
 __all__ = ["IntegrationError", *_EXPORTS]

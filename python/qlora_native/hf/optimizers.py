@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from qlora_native import optim
@@ -73,3 +74,9 @@ def use_as_paged_optimizers() -> list[str]:
             ours, context.args
         )
     return list(_IN_PLACE_OF_BITSANDBYTES)
+
+
+def stand_in_for_bitsandbytes() -> None:
+    """The same where bitsandbytes is not installed, so that scripts that name it run unchanged."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        use_as_paged_optimizers()
