@@ -62,6 +62,11 @@ bool supports_matmul_transposed(const MatmulTransposedArgs& args, std::string* w
          scales_are_aligned(args.weight.absmax, why_not);
 }
 
+template <bool (*kSupports)(const MatmulTransposedArgs&, std::string*)>
+bool supports_transposed_and(const MatmulTransposedArgs& args, std::string* why_not) {
+  return supports_matmul_transposed(args, why_not) && kSupports(args, why_not);
+}
+
 constexpr KernelEntry<QuantizeArgs> kQuantizeKernels[] = {
     {.name = "simt",
      .usable = is_usable,
@@ -84,6 +89,11 @@ constexpr KernelEntry<MatmulArgs> kMatmulKernels[] = {
      .supports = supports_matmul_and<supports_gemm_mma>,
      .prefers = prefers_gemm_mma,
      .run = gemm_mma},
+    {.name = "gemm_sm90a",
+     .usable = is_gemm_sm90a_usable,
+     .supports = supports_matmul_and<supports_gemm_sm90a>,
+     .prefers = prefers_gemm_sm90a,
+     .run = gemm_sm90a},
     {.name = "gemv_simt",
      .usable = is_usable,
      .supports = supports_matmul,
@@ -97,6 +107,11 @@ constexpr KernelEntry<MatmulArgs> kMatmulKernels[] = {
 };
 
 constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposedKernels[] = {
+    {.name = "gemm_sm90a",
+     .usable = is_gemm_sm90a_usable,
+     .supports = supports_transposed_and<supports_gemm_transposed_sm90a>,
+     .prefers = prefers_gemm_transposed_sm90a,
+     .run = gemm_transposed_sm90a},
     {.name = "gemm_simt",
      .usable = is_usable,
      .supports = supports_matmul_transposed,

@@ -32,6 +32,15 @@ bool supports_gemm_mma(const MatmulArgs& args, std::string* why_not);
 bool prefers_gemm_mma(const MatmulArgs& args);
 void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream);
 
+// The products on Hopper's tensor cores, from the same codes in both directions.
+bool is_gemm_sm90a_usable(Device device, std::string* why_not);
+bool supports_gemm_sm90a(const MatmulArgs& args, std::string* why_not);
+bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::string* why_not);
+bool prefers_gemm_sm90a(const MatmulArgs& args);
+bool prefers_gemm_transposed_sm90a(const MatmulTransposedArgs& args);
+void gemm_sm90a(const MatmulArgs& args, Workspace workspace, Stream stream);
+void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
+
 void gemm_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_simt(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
 

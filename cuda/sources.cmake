@@ -6,17 +6,21 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/double_quantize.cu
   cuda/gemm/gemm_mma.cu
   cuda/gemm/gemm_simt.cu
+  cuda/gemm/sm90a/plan.cpp
   cuda/gemm/heuristics.cpp
   cuda/gemv/gemv_mma.cu
   cuda/gemv/gemv_simt.cu
   cuda/gemv/heuristics.cpp
+  cuda/host/cluster_occupancy.cu
   cuda/host/compiled_architecture.cu
   cuda/host/device_info.cpp
   cuda/host/error.cpp
   cuda/host/mma_args.cpp
   cuda/host/table_values.cpp
+  cuda/host/tensor_map.cpp
   cuda/quantize.cu)
 # Their device code is empty before sm_90, where what only it uses is unused.
 set_source_files_properties(cuda/gemm/gemm_mma.cu cuda/gemv/gemv_mma.cu
   PROPERTIES COMPILE_OPTIONS --diag-suppress=177)
-set(QLORA_NATIVE_CUDA_SM90A_SOURCES)
+set(QLORA_NATIVE_CUDA_SM90A_SOURCES
+  cuda/gemm/gemm_sm90a.cu)

@@ -27,6 +27,15 @@ __device__ __forceinline__ float load_shared(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint4 load_shared4(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint2 load_shared2(uint32_t address) {
   uint2 value;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
@@ -42,6 +51,22 @@ __device__ __forceinline__ void load_shared_if(uint4& value, uint32_t address, b
 
 __device__ __forceinline__ void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+/// The opposite of load_matrix_x4 for transposed matrices: column r of matrix i, as the lanes hold it, becomes
+/// the 16 bytes at the address that lane 8i + r gives. (PTX ISA, stmatrix; sm_90 and newer.)
+__device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address,
+                                                           const uint32_t (&words)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
 }
 
 }  // namespace qlora_native::cuda

@@ -36,6 +36,7 @@
 #include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
 #include "gemm/heuristics.h"
+#include "host/cluster_occupancy.h"
 #include "host/device_info.h"
 #include "host/kernel_args.h"
 #include "host/launch.h"
@@ -368,7 +369,7 @@ bool prefers_gemm_mma(const MatmulArgs& args) { return gemm_mma_is_preferred(arg
 void gemm_mma(const MatmulArgs& args, Workspace, Stream stream) {
   const QuantizedView& weight = args.weight;
   const DeviceGuard guard(weight.device.index);
-  const int processors = processor_count(weight.device);
+  const ClusterCounts& clusters = cluster_counts(weight.device);
   visit_16bit_dtype(args.x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for (int64_t first = 0; first < args.x.rows; first += kGemmMmaTokens) {
@@ -385,7 +386,7 @@ void gemm_mma(const MatmulArgs& args, Workspace, Stream stream) {
           .m = static_cast<int>(m),
           .n = static_cast<int>(weight.rows),
           .units = static_cast<int>(weight.cols / kUnit),
-          .plan = plan_gemm_mma({m, weight.rows, weight.cols, processors})};
+          .plan = plan_gemm_mma({m, weight.rows, weight.cols, clusters})};
       visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {
         launch_gemm<T, decltype(double_quant)::value>(weight.device.index, params, to_cuda(stream));
       });

@@ -12,14 +12,7 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
   return value / divisor + (value % divisor != 0);
 }
 
-constexpr int64_t kMaxPreferredRows = 16;
-
-/// Clusters that run at a time. Those of more than two blocks lie in one GPC, whose processors are
-/// not always a multiple of four: what is above a multiple of 16 is not counted on.
-int64_t concurrent_clusters(int64_t processors, int cluster) {
-  if (cluster <= 2) return std::max<int64_t>(processors / cluster, 1);
-  return std::max<int64_t>(processors / 16 * 16 / cluster, 1);
-}
+constexpr int64_t kMaxPreferredRows = 8;
 
 }  // namespace
 
@@ -48,7 +41,7 @@ GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem) {
     plan.k_steps_inverse = static_cast<uint32_t>(ceil_div(int64_t{1} << 32, int64_t{plan.k_steps}));
   }
   const int64_t tiles = ceil_div(problem.n, int64_t{kGemmMmaTileRows});
-  const int64_t clusters = std::min(tiles, concurrent_clusters(problem.processors, plan.cluster));
+  const int64_t clusters = std::min(tiles, std::max(problem.clusters.of[plan.cluster], int64_t{1}));
   plan.grid = static_cast<int>(clusters * plan.cluster);
   plan.tiles_per_cluster = static_cast<int>(tiles / clusters);
   plan.clusters_with_more = static_cast<int>(tiles % clusters);

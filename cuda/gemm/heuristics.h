@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "host/cluster_occupancy.h"
+
 namespace qlora_native::cuda {
 
 /// out[rows, cols] = sum over `depth` of activations[rows, depth] * weight: forward has cols = N
@@ -28,8 +30,8 @@ GemmPlan plan_gemm(const GemmProblem& problem);
 struct GemmMmaProblem {
   int64_t m;  ///< 1 to kGemmMmaTokens
   int64_t n;
-  int64_t k;           ///< a multiple of 64, at most kGemmMmaMaxDepth
-  int64_t processors;  ///< SMs of the device
+  int64_t k;  ///< a multiple of 64, at most kGemmMmaMaxDepth
+  ClusterCounts clusters;
 };
 
 /// How tiles of 16 rows of the weight are dealt to clusters of thread blocks, and K to a cluster's
@@ -63,8 +65,7 @@ constexpr int gemm_mma_tile_of(const GemmMmaPlan& plan, int step) {
 
 GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem);
 
-/// Whether reading the weight once for every eight rows of x beats decoding it once and a dense
-/// product (bench/NOTES.md).
+/// Whether it beats the other kernels (bench/NOTES.md).
 bool gemm_mma_is_preferred(int64_t m);
 
 }  // namespace qlora_native::cuda

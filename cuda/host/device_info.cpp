@@ -130,6 +130,14 @@ int processor_count(Device device) {
   return inventory().devices.at(static_cast<size_t>(device.index)).multiprocessors;
 }
 
+bool is_hopper(Device device, std::string* why_not) {
+  const DeviceProperties& properties = inventory().devices.at(static_cast<size_t>(device.index));
+  if (properties.major == 9) return true;
+  *why_not = "is for compute capability 9.0, " + properties.name + " has " +
+             std::to_string(properties.major) + "." + std::to_string(properties.minor);
+  return false;
+}
+
 bool has_hopper_resources(Device device, int64_t shared_bytes, std::string* why_not) {
   const DeviceProperties& properties = inventory().devices.at(static_cast<size_t>(device.index));
   if (properties.major < 9) {

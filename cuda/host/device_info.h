@@ -23,6 +23,10 @@ bool is_usable(Device device, std::string* why_not);
 /// Multiprocessors of a usable device.
 int processor_count(Device device);
 
+/// Whether a usable device is of compute capability 9.x, for which alone sm_90a code is; if not, says why in
+/// `*why_not`.
+bool is_hopper(Device device, std::string* why_not);
+
 /// Whether a usable device, and the library's code for it, is of compute capability 9.0 or more, and
 /// lets a thread block have `shared_bytes` of shared memory; if not, says why in `*why_not`.
 bool has_hopper_resources(Device device, int64_t shared_bytes, std::string* why_not);

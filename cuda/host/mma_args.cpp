@@ -14,15 +14,10 @@ constexpr int64_t kMaxDepth = int64_t{1} << 30;  // bytes and elements of a row 
 
 }  // namespace
 
-bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not) {
-  const QuantizedView& weight = args.weight;
-  if (args.x.dtype == DType::kFloat32) {
-    *why_not = "x is float32, tensor cores take 16 bits";
-  } else if (!has_table_values(weight.codebook)) {
-    *why_not = "the values of a custom codebook may lose accuracy in 16 bits";
-  } else if (args.x.rows > max_rows) {
-    *why_not = "x has " + std::to_string(args.x.rows) + " rows, it takes at most " +
-               std::to_string(max_rows);
+bool suits_tensor_cores(const MatrixView& activations, const QuantizedView& weight,
+                        std::string* why_not) {
+  if (activations.dtype == DType::kFloat32) {
+    *why_not = "the activations are float32, tensor cores take 16 bits";
   } else if (weight.cols == 0 || weight.cols % kUnit != 0 || weight.cols > kMaxDepth) {
     *why_not = "K = " + std::to_string(weight.cols) + " is not a multiple of 64 up to 2^30";
   } else if (weight.block_size < kUnit) {
@@ -32,13 +27,26 @@ bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not
     *why_not = "W has more than 2^31 units of 64 elements";
   } else if (!is_aligned(weight.packed, kAlignment)) {
     *why_not = "the packed weight is not aligned to 16 bytes";
-  } else if (!is_aligned(args.x.data, kAlignment) ||
-             args.x.row_stride * size_bytes(args.x.dtype) % int64_t{kAlignment} != 0) {
-    *why_not = "the rows of x are not aligned to 16 bytes";
+  } else if (!is_aligned(activations.data, kAlignment) ||
+             activations.row_stride * size_bytes(activations.dtype) % int64_t{kAlignment} != 0) {
+    *why_not = "the rows of the activations are not aligned to 16 bytes";
   } else {
     return true;
   }
   return false;
+}
+
+bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not) {
+  if (!has_table_values(args.weight.codebook)) {
+    *why_not = "the values of a custom codebook may lose accuracy in 16 bits";
+    return false;
+  }
+  if (args.x.rows > max_rows) {
+    *why_not = "x has " + std::to_string(args.x.rows) + " rows, it takes at most " +
+               std::to_string(max_rows);
+    return false;
+  }
+  return suits_tensor_cores(args.x, args.weight, why_not);
 }
 
 }  // namespace qlora_native::cuda

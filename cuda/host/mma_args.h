@@ -8,9 +8,14 @@
 
 namespace qlora_native::cuda {
 
-/// Whether x, w and y suit kernels that take K in units of 64 elements with one scale each, by
-/// 16-byte accesses: 16-bit x, a named codebook, K a multiple of 64, blocks of 64 or more, aligned rows of x, `packed`
-/// aligned to 16 bytes, at most `max_rows` rows of x. If not, says why in `*why_not`.
+/// Whether activations and a weight suit kernels that take its rows in units of 64 elements with one scale
+/// each, by 16-byte accesses: 16-bit activations with aligned rows, K a multiple of 64, blocks of 64 or more,
+/// `packed` aligned to 16 bytes. If not, says why in `*why_not`.
+bool suits_tensor_cores(const MatrixView& activations, const QuantizedView& weight,
+                        std::string* why_not);
+
+/// The same for kernels whose tables hold 16-bit values times a scale: a named codebook, and at most `max_rows` rows
+/// of x.
 bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not);
 
 }  // namespace qlora_native::cuda

@@ -2,12 +2,14 @@
 // build.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <set>
 #include <utility>
 
 #include "gemm/heuristics.h"
+#include "gemm/sm90a/plan.h"
 #include "gemv/heuristics.h"
 #include "host/table_values.h"
 #include "support/number_formats.h"
@@ -136,17 +138,22 @@ TEST(GemvMmaPlan, UsesEveryProcessorOnceWhereThereIsWork) {
   EXPECT_EQ(plan_gemv_mma({1, 8, 4096, 132}).grid, 2);
 }
 
+/// What the driver says of an H200: 132 processors, in GPCs of different sizes.
+constexpr ClusterCounts kH200{.of = {0, 132, 66, 39, 30, 22, 17, 15, 15}};
+constexpr ClusterCounts kOneProcessor{.of = {0, 1}};
+
 TEST(GemmMmaPlan, CoversEveryTileAndAllOfK) {
-  for (const int64_t processors : {1, 20, 132}) {
+  for (const ClusterCounts& clusters : {kOneProcessor, kH200}) {
     for (const int64_t m : {1, 2, 7, 8}) {
       for (const int64_t n : {1, 16, 17, 4096, 14336, 128256}) {
         for (const int64_t k : {int64_t{64}, int64_t{320}, int64_t{4096}, int64_t{11008},
                                 int64_t{14336}, kGemmMmaMaxDepth}) {
-          const GemmMmaPlan plan = plan_gemm_mma({m, n, k, processors});
-          const int clusters = plan.grid / plan.cluster;
+          const GemmMmaPlan plan = plan_gemm_mma({m, n, k, clusters});
+          const int count = plan.grid / plan.cluster;
           EXPECT_EQ(plan.grid % plan.cluster, 0);
-          EXPECT_EQ(clusters * plan.tiles_per_cluster + plan.clusters_with_more, (n + 15) / 16);
-          EXPECT_LT(plan.clusters_with_more, clusters);
+          EXPECT_EQ(count * plan.tiles_per_cluster + plan.clusters_with_more, (n + 15) / 16);
+          EXPECT_LT(plan.clusters_with_more, count);
+          EXPECT_LE(count, std::max(clusters.of[plan.cluster], int64_t{1})) << "all run at a time";
           EXPECT_GE(int64_t{plan.cluster} * plan.k_steps * 256, k);
           EXPECT_TRUE(plan.cluster == 1 || plan.cluster == 2 || plan.cluster == 4 ||
                       plan.cluster == 8)
@@ -163,7 +170,7 @@ TEST(GemmMmaPlan, CoversEveryTileAndAllOfK) {
 
 TEST(GemmMmaPlan, DividesStepsByMultiplying) {
   for (const int64_t k : {64, 256, 512, 4096, 11008, 14336, 32768}) {
-    const GemmMmaPlan plan = plan_gemm_mma({8, 128256, k, 132});
+    const GemmMmaPlan plan = plan_gemm_mma({8, 128256, k, kH200});
     for (int step = 0; step <= plan.pass_tiles * plan.k_steps; ++step) {
       ASSERT_EQ(gemm_mma_tile_of(plan, step), step / plan.k_steps) << "K=" << k;
     }
@@ -172,8 +179,58 @@ TEST(GemmMmaPlan, DividesStepsByMultiplying) {
 
 TEST(GemmMmaPlan, ServesFewRowsOfX) {
   EXPECT_TRUE(gemm_mma_is_preferred(3));
-  EXPECT_TRUE(gemm_mma_is_preferred(16));
-  EXPECT_FALSE(gemm_mma_is_preferred(17));
+  EXPECT_TRUE(gemm_mma_is_preferred(8));
+  EXPECT_FALSE(gemm_mma_is_preferred(9));
+}
+
+TEST(GemmSm90aPlan, CoversEveryTileAndAllOfTheDepth) {
+  for (const ClusterCounts& clusters : {kOneProcessor, kH200}) {
+    for (const int64_t rows : {1, 16, 17, 64, 65, 128, 129, 256, 257, 2048, 2049}) {
+      for (const int64_t cols : {1, 128, 129, 1024, 4096, 14336, 28672}) {
+        for (const int64_t depth : {1, 64, 128, 192, 4096, 14336}) {
+          const GemmSm90aPlan plan = plan_gemm_sm90a({rows, cols, depth, clusters});
+          const int64_t col_tiles = (cols + kGemmSm90aTileCols - 1) / kGemmSm90aTileCols;
+          const int tiles_of_item = plan.split ? 1 : plan.cluster;
+          EXPECT_GE(int64_t{plan.col_items} * tiles_of_item, col_tiles);
+          EXPECT_LT(int64_t{plan.col_items - 1} * tiles_of_item, col_tiles);
+          EXPECT_GE(int64_t{plan.row_tiles} * plan.tile_rows, rows);
+          EXPECT_LT(int64_t{plan.row_tiles - 1} * plan.tile_rows, rows);
+          EXPECT_EQ(plan.items, plan.col_items * plan.row_tiles);
+          EXPECT_GE(int64_t{plan.steps} * kGemmSm90aStep, depth);
+          EXPECT_EQ(plan.steps % 2, 0);
+          EXPECT_GE(plan.row_group, 1);
+          EXPECT_GE(plan.clusters, 1);
+          EXPECT_LE(plan.clusters, plan.items);
+          if (plan.split) {
+            EXPECT_GE(plan.steps / 2, plan.cluster) << "no part is empty";
+            EXPECT_LE(plan.items, plan.clusters) << "sums lie where the next tile's stages would";
+          } else {
+            EXPECT_EQ(plan.cluster, plan.tile_rows == 256 ? 2 : 1);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(GemmSm90aPlan, SplitsTheDepthAsFarAsClustersRunAtATime) {
+  const auto cluster = [](int64_t rows, int64_t cols) {
+    const GemmSm90aPlan plan = plan_gemm_sm90a({rows, cols, 4096, kH200});
+    return plan.split ? plan.cluster : 0;
+  };
+  EXPECT_EQ(cluster(16, 1024), 8);
+  EXPECT_EQ(cluster(16, 3840), 4) << "30 tiles, 30 clusters of 4";
+  EXPECT_EQ(cluster(16, 4096), 3) << "32 tiles";
+  EXPECT_EQ(cluster(512, 4096), 2) << "64 tiles of 256 rows";
+  EXPECT_EQ(cluster(16, 14336), 0);
+}
+
+TEST(GemmSm90aPlan, IsPreferredWhereDecodingOnceDoesNotPay) {
+  EXPECT_TRUE(gemm_sm90a_is_preferred(9, int64_t{4096} * 4096));
+  EXPECT_TRUE(gemm_sm90a_is_preferred(128, int64_t{4096} * 4096));
+  EXPECT_FALSE(gemm_sm90a_is_preferred(129, int64_t{4096} * 4096));
+  EXPECT_TRUE(gemm_sm90a_is_preferred(512, int64_t{14336} * 4096));
+  EXPECT_FALSE(gemm_sm90a_is_preferred(513, int64_t{14336} * 4096));
 }
 
 /// What a table in `dtype` loses of the codebook's values, relative, root of the mean square.
