@@ -6,6 +6,7 @@
 #include "host/device_info.h"
 #include "host/launch.h"
 #include "operations.h"
+#include "optimizer_kernels.h"
 
 namespace qlora_native::cuda {
 namespace {
@@ -128,6 +129,8 @@ const Backend& backend() {
       .dequantize = kDequantizeKernels,
       .matmul = kMatmulKernels,
       .matmul_transposed = kMatmulTransposedKernels,
+      .optimizer_step = optimizer_step_kernels(),
+      .gradient_norm = gradient_norm_kernels(),
       .list_devices = list_devices,
       .unavailable_reason = unavailable_reason,
   };

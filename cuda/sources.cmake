@@ -1,7 +1,12 @@
 # The CUDA backend, paths relative to the root of the repository. Sources of the second list are
 # compiled for sm_90a alone.
+# What cuda/optimizer.cu computes is the CPU's, which has no contraction either.
+set_source_files_properties(cuda/optimizer.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
 set(QLORA_NATIVE_CUDA_SOURCES
   cuda/backend.cpp
+  cuda/gradient_norm.cu
+  cuda/optimizer.cu
+  cuda/optimizer_kernels.cpp
   cuda/dequantize.cu
   cuda/double_quantize.cu
   cuda/gemm/gemm_mma.cu
