@@ -205,10 +205,10 @@ TEST_P(Matmul, EveryShape) {
   uint32_t seed = 100;
   // One row; one column; odd; K not a multiple of the block; more than one segment of 64 blocks,
   // with groups that end inside a row; deeper than a panel; blocks longer than a row.
-  const int64_t shapes[][3] = {{1, 64, 64},    {1, 4096, 4096}, {64, 1, 64},    {7, 99, 32},
-                               {13, 31, 64},   {5, 192, 128},   {9, 4480, 64},  {3, 2112, 32},
-                               {300, 64, 64},  {270, 33, 64},   {40, 96, 4096}, {64, 160, 32},
-                               {2, 8192, 2048}};
+  const int64_t shapes[][3] = {{1, 64, 64},     {1, 4096, 4096}, {64, 1, 64},    {7, 99, 32},
+                               {13, 31, 64},    {5, 192, 128},   {9, 4480, 64},  {3, 2112, 32},
+                               {300, 64, 64},   {270, 33, 64},   {40, 96, 4096}, {64, 160, 32},
+                               {2, 8192, 2048}, {17000, 64, 64}, {72, 17024, 64}};
   for (const auto& [rows, cols, block_size] : shapes) {
     for (const bool double_quant : {false, true}) {
       const WeightSpec weight{rows, cols, block_size, kNF4, double_quant};

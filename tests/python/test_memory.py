@@ -165,8 +165,9 @@ def test_work_goes_through_acquire(pool):
         assert torch.equal(t.cpu(), torch.full_like(t, 6, device="cpu"))
     stats = pool.stats()
     if pool.device.type == "cuda":
-        assert stats.bytes_to_device >= 4 * MIB and stats.prefetches > 0
-    if pool.backing == "pinned":
+        assert stats.bytes_to_device >= 4 * MIB
+    if pool.backing == "pinned":  # managed tensors have stayed on the device since they were zeroed
+        assert stats.prefetches > 0
         assert stats.device_reserved_bytes == MIB and stats.bytes_to_host >= 8 * MIB
         assert pool.resident_bytes("cuda") <= MIB
 

@@ -208,7 +208,8 @@ def test_halves_are_updated_in_fp32_and_rounded_once(device, dtype, grad_dtype):
         b.step()
         for p, q in zip(ours, exact, strict=True):
             spacing = torch.finfo(dtype).eps * q.detach().abs() + torch.finfo(dtype).tiny
-            assert ((p.float() - q).abs() <= spacing * 0.51).all()
+            # Where a step cancels the parameter, what is left of it is the rounding of fp32.
+            assert ((p.float() - q).abs() <= spacing * 0.51 + 1e-8).all()
 
 
 @pytest.mark.parametrize("cls", ALL)
