@@ -19,7 +19,7 @@ set(build_cuda_toolkit "")
 set(build_cuda_architectures "")
 if(QLORA_NATIVE_WITH_CUDA)
   include(${PROJECT_SOURCE_DIR}/cuda/sources.cmake)
-  target_sources(qlora_native PRIVATE ${QLORA_NATIVE_CUDA_SOURCES} cuda/memory.cpp)
+  target_sources(qlora_native PRIVATE ${QLORA_NATIVE_CUDA_SOURCES})
   target_include_directories(qlora_native PRIVATE ${PROJECT_SOURCE_DIR}/cuda)
   # The runtime is linked statically, so that the library loads where there is no CUDA at all.
   set_target_properties(qlora_native PROPERTIES

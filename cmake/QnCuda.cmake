@@ -16,8 +16,8 @@ if(NOT QLORA_NATIVE_CUDA STREQUAL "OFF")
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
-      message(FATAL_ERROR "qlora_native needs nvcc 12.4 or newer; ${CMAKE_CUDA_COMPILER} is "
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.5)
+      message(FATAL_ERROR "qlora_native needs nvcc 12.5 or newer; ${CMAKE_CUDA_COMPILER} is "
                           "${CMAKE_CUDA_COMPILER_VERSION}. Configure with -DQLORA_NATIVE_CUDA=OFF "
                           "for a CPU-only build.")
     endif()

@@ -1,21 +1,17 @@
 # The CUDA backend, paths relative to the root of the repository. Sources of the second list are
 # compiled for sm_90a alone.
-# What cuda/optimizer.cu computes is the CPU's, which has no contraction either.
-set_source_files_properties(cuda/optimizer.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
 set(QLORA_NATIVE_CUDA_SOURCES
   cuda/backend.cpp
-  cuda/gradient_norm.cu
-  cuda/optimizer.cu
-  cuda/optimizer_kernels.cpp
   cuda/dequantize.cu
   cuda/double_quantize.cu
   cuda/gemm/gemm_mma.cu
   cuda/gemm/gemm_simt.cu
-  cuda/gemm/sm90a/plan.cpp
   cuda/gemm/heuristics.cpp
+  cuda/gemm/sm90a/plan.cpp
   cuda/gemv/gemv_mma.cu
   cuda/gemv/gemv_simt.cu
   cuda/gemv/heuristics.cpp
+  cuda/gradient_norm.cu
   cuda/host/cluster_occupancy.cu
   cuda/host/compiled_architecture.cu
   cuda/host/device_info.cpp
@@ -23,9 +19,14 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/host/mma_args.cpp
   cuda/host/table_values.cpp
   cuda/host/tensor_map.cpp
+  cuda/memory.cpp
+  cuda/optimizer.cu
+  cuda/optimizer_kernels.cpp
   cuda/quantize.cu)
 # Their device code is empty before sm_90, where what only it uses is unused.
 set_source_files_properties(cuda/gemm/gemm_mma.cu cuda/gemv/gemv_mma.cu
   PROPERTIES COMPILE_OPTIONS --diag-suppress=177)
+# What the optimizers compute is the CPU's, which has no contraction to FMA either.
+set_source_files_properties(cuda/optimizer.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
 set(QLORA_NATIVE_CUDA_SM90A_SOURCES
   cuda/gemm/gemm_sm90a.cu)

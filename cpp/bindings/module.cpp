@@ -30,6 +30,8 @@ void translate_to(PyObject* python_type) {
 }  // namespace
 
 NB_MODULE(_C, m) {
+  // At the interpreter's exit objects of the caller's may still be alive; a library does not print that.
+  nb::set_leak_warnings(false);
   m.doc() = "Kernels of qlora_native. Takes addresses; qlora_native.functional takes tensors.";
 
   // The last registered is tried first: the base class comes first.
