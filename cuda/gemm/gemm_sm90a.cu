@@ -29,6 +29,7 @@
 #include "device/cluster.cuh"
 #include "device/grid_dependency.cuh"
 #include "device/warpgroup.cuh"
+#include "gemm/heuristics.h"
 #include "gemm/sm90a/copies.cuh"
 #include "gemm/sm90a/decoders.cuh"
 #include "gemm/sm90a/layout.cuh"
@@ -210,7 +211,9 @@ bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::strin
 }
 
 bool prefers_gemm_sm90a(const MatmulArgs& args) {
-  return gemm_sm90a_is_preferred(args.x.rows, args.weight.rows * args.weight.cols);
+  // Fewer rows are for kernels that need not decode to shared memory.
+  return args.x.rows > kGemmMmaTokens &&
+         gemm_sm90a_is_preferred(args.x.rows, args.weight.rows * args.weight.cols);
 }
 
 bool prefers_gemm_transposed_sm90a(const MatmulTransposedArgs& args) {

@@ -12,7 +12,7 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
   return value / divisor + (value % divisor != 0);
 }
 
-constexpr int64_t kMaxPreferredRows = 8;
+constexpr int64_t kMaxPreferredRows = 16;
 
 }  // namespace
 

@@ -65,7 +65,8 @@ constexpr int gemm_mma_tile_of(const GemmMmaPlan& plan, int step) {
 
 GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem);
 
-/// Whether it beats the other kernels (bench/NOTES.md).
+/// Whether it beats decoding the weight and a dense product (bench/NOTES.md). gemm_sm90a, where it runs, is
+/// asked before.
 bool gemm_mma_is_preferred(int64_t m);
 
 }  // namespace qlora_native::cuda

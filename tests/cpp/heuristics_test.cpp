@@ -179,8 +179,8 @@ TEST(GemmMmaPlan, DividesStepsByMultiplying) {
 
 TEST(GemmMmaPlan, ServesFewRowsOfX) {
   EXPECT_TRUE(gemm_mma_is_preferred(3));
-  EXPECT_TRUE(gemm_mma_is_preferred(8));
-  EXPECT_FALSE(gemm_mma_is_preferred(9));
+  EXPECT_TRUE(gemm_mma_is_preferred(16));
+  EXPECT_FALSE(gemm_mma_is_preferred(17));
 }
 
 TEST(GemmSm90aPlan, CoversEveryTileAndAllOfTheDepth) {
