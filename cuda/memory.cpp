@@ -125,11 +125,13 @@ class CudaDriver final : public PagedDriver {
   bool is_capturing(Stream stream) override {
     const DeviceGuard guard(device_);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    if (cudaStreamIsCapturing(to_cuda(stream), &status) != cudaSuccess) {
+    const cudaError_t error = cudaStreamIsCapturing(to_cuda(stream), &status);
+    if (error == cudaErrorStreamCaptureImplicit) {
       // The legacy default stream, while another one is being captured: it may not be used either.
       static_cast<void>(cudaGetLastError());
       return true;
     }
+    check(error, "cudaStreamIsCapturing");
     return status != cudaStreamCaptureStatusNone;
   }
 

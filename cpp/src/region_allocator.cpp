@@ -9,7 +9,8 @@
 namespace qlora_native {
 
 int64_t RegionAllocator::rounded(int64_t size_bytes) {
-  if (size_bytes > std::numeric_limits<int64_t>::max() - kPagedAlignment) {
+  // Of two alignments one is for rounding, one for the gap that some regions have behind them.
+  if (size_bytes > std::numeric_limits<int64_t>::max() - 2 * kPagedAlignment) {
     throw OutOfMemory("there cannot be an allocation of " + std::to_string(size_bytes) + " bytes");
   }
   return (size_bytes + kPagedAlignment - 1) / kPagedAlignment * kPagedAlignment;

@@ -215,6 +215,11 @@ void StagingCache::acquire(std::span<const PagedRange> ranges, Access access,
 }
 
 void StagingCache::release(std::span<const PagedRange> ranges, Stream stream) {
+  if (driver_.is_capturing(stream)) {
+    // The event would be the graph's: nothing outside of it could wait for the range.
+    throw Unsupported(
+        "release: pinned paged memory cannot be used in a CUDA graph that is being captured");
+  }
   std::vector<Entry*> released;
   try {
     for (const PagedRange& range : ranges) {
@@ -286,7 +291,8 @@ void StagingCache::evict(std::span<const PagedRange> ranges, Stream stream) {
 }
 
 void StagingCache::show_to_host(PagedRange range, Stream stream) {
-  // The copies end: the host may write, which the pool cannot see.
+  // The copies end, and none is made ahead: the host may write, which the pool cannot see.
+  plan_.drop(range);
   vacate(overlapping(range));
   driver_.wait_on_host(driver_.record(stream));
   if (vacated_) driver_.wait_on_host(vacated_);

@@ -43,6 +43,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+/// Keeps what is computed from the sums behind wgmma_wait(), and what sets them before wgmma_fence(): to the
+/// compiler neither has to do with them.
+template <int kSums>
+__device__ __forceinline__ void wgmma_order(float (&sums)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 // Lists of operands of an asm statement cannot be made by a template.
 #define QN_SUMS_8(i)                                                                         \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), \

@@ -128,12 +128,25 @@ struct Operands {
   MutableMatrixView out;
 };
 
+/// Of a single row any will do: it may be one that the tensor copy engine does not take.
+int64_t stride_bytes(const MatrixView& activations) {
+  return (activations.rows == 1 ? ceil_div(activations.cols, int64_t{8}) * 8
+                                : activations.row_stride) *
+         2;
+}
+
 /// The kernel numbers tiles, steps, rows and columns by 32 bits.
 bool fits(const MatrixView& activations, int64_t cols, std::string* why_not) {
   constexpr int64_t kMaxExtent = int64_t{1} << 30;
   constexpr int64_t kSmallestTile = 16;
+  constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;
   if (activations.cols == 0) {
     *why_not = "there is nothing to sum";
+    return false;
+  }
+  if (stride_bytes(activations) >= kMaxStrideBytes) {
+    *why_not = "rows of the activations are " + std::to_string(stride_bytes(activations)) +
+               " bytes apart, the copy engine takes less than 2^40";
     return false;
   }
   if (activations.rows > kMaxExtent || cols > kMaxExtent || activations.cols > kMaxExtent ||
@@ -150,6 +163,9 @@ template <bool kTransposed>
 void run(const char* name, const Operands& args, Stream stream) {
   const QuantizedView& weight = args.weight;
   const DeviceGuard guard(weight.device.index);
+  // The driver's function below needs the device's context to be the thread's, which the guard leaves to the
+  // thread's first launch where the device is the current one already.
+  QN_CUDA_TRY(cudaSetDevice(weight.device.index));
   const GemmSm90aPlan plan = plan_gemm_sm90a(
       {args.activations.rows, args.out.cols, args.activations.cols, cluster_counts(weight.device)});
   const bool shares_activations = plan.cluster > 1 && !plan.split;
@@ -161,7 +177,7 @@ void run(const char* name, const Operands& args, Stream stream) {
                              .elem_bytes = 2,
                              .rows = args.activations.rows,
                              .cols = args.activations.cols,
-                             .stride_bytes = args.activations.row_stride * 2,
+                             .stride_bytes = stride_bytes(args.activations),
                              .box_rows = plan.tile_rows / (shares_activations ? plan.cluster : 1),
                              .box_cols = kStep}),
         .codes = make_tensor_map({.data = weight.packed,

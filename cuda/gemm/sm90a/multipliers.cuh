@@ -150,6 +150,8 @@ __device__ __forceinline__ void multiply(const GemmParams<typename C::Elem>& p,
   for (int item = cluster; item < plan.items; item += plan.clusters) {
     const Work work = work_of(plan, item, rank);
     typename C::Sums sums = {};
+#pragma unroll
+    for (int half = 0; half < C::kHalves; ++half) wgmma_order(sums[half]);
     int used_stage = 0;
     int used_slot = 0;
     for (int step = 0; step < work.steps; ++step) {
@@ -176,6 +178,8 @@ __device__ __forceinline__ void multiply(const GemmParams<typename C::Elem>& p,
       ++box_at.count;
     }
     wgmma_wait<0>();
+#pragma unroll
+    for (int half = 0; half < C::kHalves; ++half) wgmma_order(sums[half]);
     release(used_stage, used_slot);
     if (plan.split) {
       sync_some(1, kMultipliers * kWarpgroup);  // the stages have been read
