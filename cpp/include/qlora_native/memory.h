@@ -149,7 +149,7 @@ class QN_API PagedPool {
 
   /// Ends one `acquire` of each range, for work queued on `stream` after the call: all of them or
   /// none. Throws InvalidArgument when a range is not acquired (which backings without copies know
-  /// of whole allocations only).
+  /// of whole allocations only), and of pinned memory Unsupported while `stream` is being captured.
   void release(std::span<const PagedRange> ranges, Stream stream);
   void release(PagedRange range, Stream stream);
 
