@@ -210,6 +210,16 @@ class NativeOptimizer(torch.optim.Optimizer):
     def _needs_norm(self) -> bool:
         return self._options["max_norm"] > 0 or self._options["skip_nonfinite"]
 
+    def _require_whole_gradients(self) -> None:
+        # The core sees a rank's part alone: ranks would clip by different norms, or skip alone.
+        params = (param for group in self.param_groups for param in group["params"])
+        if any(_state.is_split(param) for param in params):
+            raise ValueError(
+                "max_norm and skip_nonfinite see one rank's gradients, and there are parameters "
+                "that are split over several (DTensors): leave both off, and call "
+                "torch.nn.utils.clip_grad_norm_, whose norm is of all ranks, before the step"
+            )
+
     def _scalar_on(self, name: str, device: torch.device) -> torch.Tensor | None:
         """What GradScaler lent under a name."""
         value = getattr(self, name, None)
@@ -247,12 +257,15 @@ class NativeOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a parameter, its gradient or its state is of a kind that is not supported (a
-                sparse gradient, a parameter that is not contiguous); nothing was changed.
+                sparse gradient, a parameter that is not contiguous, one that is split over ranks
+                with `max_norm` or `skip_nonfinite`); nothing was changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._needs_norm():
+            self._require_whole_gradients()
         missing = self._read()
         if missing:
             self._init_states(missing)

@@ -73,6 +73,18 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def is_split(tensor: torch.Tensor) -> bool:
+    """Return whether other ranks hold other parts of a tensor: a DTensor that is not replicated."""
+    # The cheap test first: most parameters of most models are of exactly this type.
+    if type(tensor) is torch.nn.Parameter or local_part(tensor) is tensor:
+        return False
+    mesh = tensor.device_mesh
+    return any(
+        mesh.size(i) > 1 and not placement.is_replicate()
+        for i, placement in enumerate(tensor.placements)
+    )
+
+
 def num_blocks(numel: int) -> int:
     """Return the number of absmax values of an 8-bit state."""
     return -(-numel // _C.STATE_BLOCK_SIZE)

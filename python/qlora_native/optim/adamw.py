@@ -41,8 +41,9 @@ class AdamW(NativeOptimizer):
         seed: of the stochastic rounding.
         max_norm: above 0, clip the global norm of all gradients to it, as
             `torch.nn.utils.clip_grad_norm_` would before the step. The gradients stay as they are.
+            Not for DTensors that are split over ranks.
         skip_nonfinite: do nothing in a step with a NaN or an infinity in any gradient. Decided on
-            the device.
+            the device. Not for DTensors that are split over ranks.
         maximize: ascend.
 
     Raises:

@@ -1,0 +1,50 @@
+"""Parameters that are split over the ranks of a mesh, as FSDP2 makes them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import qlora_native as qn
+from _optim import ALL
+
+tensors = pytest.importorskip("torch.distributed.tensor")
+fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+
+
+@pytest.fixture
+def mesh():
+    """Two ranks, of which the other does not exist: what is asked for here is the same on both."""
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=2)
+    try:
+        yield tensors.init_device_mesh("cpu", (2,))
+    finally:
+        dist.destroy_process_group()
+
+
+def parameter(mesh, placement):
+    def tensor(value):
+        local = torch.full((64, 80), value)
+        return tensors.DTensor.from_local(local, mesh, [placement], run_check=False)
+
+    param = torch.nn.Parameter(tensor(1.0))
+    param.grad = tensor(0.5)
+    return param
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"skip_nonfinite": True}])
+@pytest.mark.parametrize("cls", ALL)
+def test_the_norm_of_one_rank_alone_is_refused(mesh, cls, options):
+    param = parameter(mesh, tensors.Shard(0))
+    optimizer = cls([torch.nn.Parameter(torch.ones(3)), param], **options)
+    with pytest.raises(ValueError, match="clip_grad_norm_"):
+        optimizer.step()
+    assert not optimizer.state
+    assert param.to_local().eq(1).all()
+
+
+def test_every_rank_has_the_norm_of_what_is_replicated(mesh):
+    param = parameter(mesh, tensors.Replicate())
+    optimizer = qn.optim.AdamW([param], max_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(0.5 * (64 * 80) ** 0.5)
+    assert param.to_local().lt(1).all()
