@@ -48,3 +48,37 @@ def test_every_rank_has_the_norm_of_what_is_replicated(mesh):
     optimizer.step()
     assert optimizer.grad_norm.item() == pytest.approx(0.5 * (64 * 80) ** 0.5)
     assert param.to_local().lt(1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"bits": 8}, "exp_avg_absmax, exp_avg_sq_absmax as"),
+        ({"paged": True}, "exp_avg, exp_avg_sq as"),
+        ({"bits": 8, "paged": True}, "exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax as"),
+    ],
+)
+def test_a_checkpoint_of_one_rank_alone_is_refused(mesh, options, names):
+    param = parameter(mesh, tensors.Shard(0))
+    optimizer = qn.optim.AdamW([param], **options)
+    optimizer.state_dict()
+    optimizer.step()
+    with pytest.raises(NotImplementedError, match=names):
+        optimizer.state_dict()
+    optimizer.step()
+
+
+def test_split_states_of_32_bits_are_in_the_checkpoint(mesh):
+    param = parameter(mesh, tensors.Shard(0))
+    optimizer = qn.optim.AdamW([param])
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    state = optimizer.state_dict()["state"][0]
+    assert all(isinstance(state[name], tensors.DTensor) for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_every_rank_has_the_scales_of_what_is_replicated(mesh):
+    param = parameter(mesh, tensors.Replicate())
+    optimizer = qn.optim.AdamW8bit([param])
+    optimizer.step()
+    assert "exp_avg_absmax" in optimizer.state_dict()["state"][0]

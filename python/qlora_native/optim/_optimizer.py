@@ -291,7 +291,11 @@ class NativeOptimizer(torch.optim.Optimizer):
         """Return the state as torch does: plain tensors, those of paged memory as they lie there.
 
         Waits for a paged state that is on its way from the device.
+
+        Raises:
+            NotImplementedError: a parameter is split over ranks, and its state is 8-bit or paged.
         """
+        _state.require_resharding(self.state)
         self._synchronize()
         return super().state_dict()
 

@@ -85,6 +85,30 @@ def is_split(tensor: torch.Tensor) -> bool:
     )
 
 
+def require_resharding(states: Mapping[Any, Any]) -> None:
+    """Refuse states that a checkpoint of all ranks would keep one rank's part of.
+
+    Such checkpoints take a plain tensor for the same on every rank. Blocks and allocations begin
+    anew in every rank's part, so a DTensor of scales or of paged memory would not be right either:
+    other numbers of ranks would cut it elsewhere.
+
+    Raises:
+        NotImplementedError: there is one.
+    """
+    for param, state in states.items():
+        if not isinstance(param, torch.Tensor) or not is_split(param):
+            continue
+        # The step is the same on every rank.
+        plain = [name for name, t in state.items() if name != "step" and local_part(t) is t]
+        if plain:
+            raise NotImplementedError(
+                f"the state of a parameter of shape {tuple(param.shape)} that is split over ranks "
+                f"(a DTensor) has {', '.join(plain)} as plain tensors, which distributed "
+                "checkpoints take for the same on every rank: for checkpoints, use bits=32 and "
+                "paged=False with sharded parameters"
+            )
+
+
 def num_blocks(numel: int) -> int:
     """Return the number of absmax values of an 8-bit state."""
     return -(-numel // _C.STATE_BLOCK_SIZE)
