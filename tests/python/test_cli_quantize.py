@@ -1,6 +1,7 @@
 """`quantize` and `merge` write models that load everywhere; the other commands take them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -192,6 +193,36 @@ def test_a_folder_that_is_in_use_is_not_overwritten(folder, tmp_path):
     assert result.code == 2 and "in 4 bits already" in result.err
     assert run_cli("quantize", folder / "model", tmp_path, "--overwrite").code == 0
     assert not (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("where", ["same", "parent", "link", "linked file", "link inside"])
+@pytest.mark.parametrize("command", ["quantize", "merge model", "merge adapter"])
+def test_overwriting_never_deletes_what_is_read(folder, adapter, tmp_path, command, where):
+    precious = tmp_path / "parent" / "precious"
+    shutil.copytree(adapter if command == "merge adapter" else folder / "model", precious)
+    read, out = precious, {"same": precious, "parent": precious.parent}.get(where)
+    if where == "link":
+        out = tmp_path / "link"
+        out.symlink_to(precious)
+    elif where == "linked file":
+        out, read = precious, tmp_path / "read"
+        read.mkdir()
+        for path in precious.iterdir():
+            (read / path.name).symlink_to(path)
+    elif where == "link inside":
+        out, read = tmp_path / "out", tmp_path / "out" / "link"
+        out.mkdir()
+        read.symlink_to(precious)
+    arguments = {
+        "quantize": ("quantize", read, out),
+        "merge model": ("merge", read, adapter, out),
+        "merge adapter": ("merge", folder / "model", read, out),
+    }[command]
+    before = sorted(path.name for path in precious.iterdir())
+    result = run_cli(*arguments, "--overwrite")
+    assert result.code == 2 and "would be deleted" in result.err
+    assert str(read) in result.err and str(out) in result.err
+    assert sorted(path.name for path in read.iterdir()) == before
 
 
 def test_a_weight_that_is_not_finite_is_named(folder, tmp_path):

@@ -68,7 +68,9 @@ def _check(options: MergeOptions) -> loading.Placement:
     device = loading.torch_device(options.device)
     loading.check_model_path(options.model)
     loading.check_adapter(options.adapter)
-    output.check_output(options.output, overwrite=options.overwrite)
+    output.check_output(
+        options.output, inputs=[options.model, options.adapter], overwrite=options.overwrite
+    )
     return loading.Placement(device, _DTYPES[options.dtype])
 
 

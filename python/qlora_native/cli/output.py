@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,45 @@ _COPIED_SUFFIXES = (".json", ".jinja", ".md", ".model", ".tiktoken", ".txt")
 _NOT_COPIED = ("config.json", "generation_config.json")
 
 
-def check_output(folder: Path, *, overwrite: bool, unfinished: bool = False) -> None:
+def check_output(
+    folder: Path,
+    *,
+    inputs: Sequence[str | Path],
+    overwrite: bool,
+    unfinished: bool = False,
+) -> None:
     """Raises InputError unless a model can be written to the folder.
 
     Args:
+        inputs: folders that are read, and ids of the hub; none may be in the folder.
         unfinished: what is in it is from the same run, interrupted.
     """
     require(not folder.exists() or folder.is_dir(), f"{folder}: exists and is not a folder")
+    for given in inputs:
+        require(
+            not _would_delete(folder, Path(given).expanduser()),
+            f"{folder}: {given} is in it or is the same folder, and would be deleted; choose "
+            "another output folder",
+        )
     require(
         overwrite or unfinished or not folder.exists() or not any(folder.iterdir()),
         f"{folder}: exists and is not empty; --overwrite replaces what is in it",
     )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     require(os.access(existing, os.W_OK), f"{folder}: {existing} is not writable")
+
+
+def _would_delete(folder: Path, read: Path) -> bool:
+    """Whether emptying `folder` takes away `read`, one of its files, or a link on the way there."""
+    if not read.exists():
+        return False  # an id of the hub
+    used = [read, *(read.iterdir() if read.is_dir() else ())]
+    return any(
+        path.is_relative_to(emptied)
+        for emptied in (folder.absolute(), folder.resolve())
+        for each in used
+        for path in (each.absolute(), each.resolve())
+    )
 
 
 def empty(folder: Path) -> None:

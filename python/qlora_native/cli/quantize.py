@@ -34,7 +34,12 @@ def quantize(options: QuantizeOptions) -> None:
     )
     run = _description(options, config)
     folder = options.output
-    output.check_output(folder, overwrite=options.overwrite, unfinished=is_same_run(folder, run))
+    output.check_output(
+        folder,
+        inputs=[options.model],
+        overwrite=options.overwrite,
+        unfinished=is_same_run(folder, run),
+    )
     if not is_same_run(folder, run):
         output.empty(folder)
     started = time.perf_counter()
