@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import _hf_models
@@ -174,3 +175,29 @@ def test_generating_with_everything_in_4_bits(tied, device):
 def test_a_tied_head_that_is_to_stay_dense_is_a_contradiction(tied):
     with pytest.raises(ValueError, match=r"modules_to_not_convert has \['lm_head'\]"):
         load(tied, modules_to_not_convert=["lm_head"])
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_merged_dense_it_is_an_ordinary_embedding(kind, request, tmp_path):
+    model = load(request.getfixturevalue(kind))
+    qn.add_lora(model, r=2)
+    ids = _hf_models.ids()
+    expected = model(ids).logits
+    qn.merge_lora(model, dense=True)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not [name for name, tensor in stored.items() if tensor.dtype == torch.uint8]
+    assert ("lm_head.weight" in stored) == (kind == "untied")
+    for merged in (model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
+        embedding = merged.get_input_embeddings()
+        assert type(embedding) is torch.nn.Embedding
+        assert (merged.lm_head.weight is embedding.weight) == (kind == "tied")
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_dense_export_keeps_paddings_and_takes_the_dtype():
+    model = torch.nn.ModuleDict({"embedding": Embedding4bit.from_embedding(table(8, 64))})
+    assert qn.merge_lora(model, dense=True, dtype=torch.float16) == 1
+    assert model["embedding"].weight.dtype == torch.float16
+    assert model["embedding"].padding_idx == 3

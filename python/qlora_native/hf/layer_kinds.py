@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import QuantizedTensor, quantize_4bit
-from qlora_native.nn.embedding import Embedding4bit
+from qlora_native.nn.embedding import Embedding4bit, dense_embedding
 from qlora_native.nn.linear import Linear4bit, state_of
 from qlora_native.nn.lora import dense_linear
 
@@ -134,10 +134,7 @@ class EmbeddingKind(LayerKind):
 
     def to_dense(self, module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         """An nn.Embedding with the decoded table."""
-        embedding = nn.Embedding.from_pretrained(
-            module.dequantize(dtype), padding_idx=module.padding_idx
-        )
-        return embedding.train(module.training)
+        return dense_embedding(module, dtype)
 
 
 KINDS: list[LayerKind] = [LinearKind(), EmbeddingKind()]

@@ -163,6 +163,14 @@ class Embedding4bit(nn.Embedding):
         return super()._apply(fn, recurse)
 
 
+def dense_embedding(embedding: Embedding4bit, dtype: torch.dtype | None) -> nn.Embedding:
+    """An nn.Embedding with the decoded table, frozen; its own dtype when None."""
+    dense = nn.Embedding.from_pretrained(
+        embedding.dequantize(dtype), padding_idx=embedding.padding_idx
+    )
+    return dense.train(embedding.training)
+
+
 def _absmax_map(device: torch.device) -> Tensor:
     """The values of the 8-bit absmax codes."""
     kept = _maps.get(device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from qlora_native.nn.embedding import Embedding4bit, dense_embedding
 from qlora_native.nn.expert_conversion import dequantize_experts
 from qlora_native.nn.experts import Experts4bit
 from qlora_native.nn.linear import Linear4bit
@@ -25,8 +26,8 @@ def merge_lora(
 
     By default the sum is quantized again into the existing storage, adapters stay beside it and
     `unmerge_lora` restores the original bytes. With `dense` the model is exported: every LoraLinear
-    and every Linear4bit becomes an nn.Linear that holds the exact sum, 4-bit experts become dense,
-    and there is no way back.
+    and every Linear4bit becomes an nn.Linear that holds the exact sum, 4-bit embeddings and experts
+    become dense, and there is no way back.
 
     Args:
         dtype: of the dense weights and their biases; each layer's own when None. Only with `dense`.
@@ -102,8 +103,8 @@ def _merge(layers: Sequence[tuple[str, LoraLinear]], adapter_names: Sequence[str
 def _export_dense(
     model: nn.Module, adapter_names: Sequence[str] | None, dtype: torch.dtype | None
 ) -> int:
+    exported = _export_embeddings(model, dtype)
     # Names, not modules: a list of modules would keep every packed weight alive to the end.
-    exported = 0
     for name in list(linear_layers(model)):
         layer = model.get_submodule(name)
         if isinstance(layer, LoraLinear):
@@ -120,4 +121,26 @@ def _export_dense(
             exported += 1
     if not exported:
         raise ValueError("nothing to export: the model has neither adapters nor 4-bit layers")
+    return exported
+
+
+def _export_embeddings(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """Makes 4-bit embeddings dense, and the heads that are tied to them, which stay tied."""
+    exported = 0
+    for name in [n for n, m in model.named_modules() if isinstance(m, Embedding4bit)]:
+        embedding = model.get_submodule(name)
+        if not isinstance(embedding, Embedding4bit):
+            continue  # tied to an earlier one
+        dense = dense_embedding(embedding, dtype)
+        packed = [m for m in model.modules() if isinstance(m, (Embedding4bit, Linear4bit))]
+        tied = [m for m in packed if m.weight is embedding.weight]
+        for module in tied:
+            if isinstance(module, Embedding4bit):
+                twin = dense if module is embedding else dense_embedding(module, dtype)
+            else:
+                twin = dense_linear(dense.weight, module)
+            # One parameter, as it was: the head would be stored a second time else.
+            twin.weight = dense.weight
+            replace_everywhere(model, module, twin)
+            exported += 1
     return exported
