@@ -19,7 +19,7 @@ BUDGET = 1 << 20
 
 def pools(device):
     if device == "cpu":
-        return [qn.memory.PagedPool("cpu")]
+        return [qn.memory.PagedPool("cpu", device_budget=BUDGET)]
     backings = ["managed", "pinned"]
     if qn.memory.automatic_backing(device)[0] != "managed":
         backings.remove("managed")
@@ -127,6 +127,36 @@ def test_a_copy_is_paged_too(device, moving, how):
     run(optimizer, params, 2, first=2)
     run(copied, twin, 2, first=2)
     assert_same(params, twin)
+
+
+def test_a_copy_stays_in_the_pool_that_was_given(device, moving):
+    for pool in pools(device):
+        params = parameters(MANY, device=device)
+        optimizer = qn.optim.PagedAdamW8bit(params, paged=pool)
+        run(optimizer, params, 2)
+        used = pool.stats().used_bytes
+        twin, copied = copy.deepcopy((params, optimizer))
+        assert pool.stats().used_bytes == 2 * used
+        run(optimizer, params, 2, first=2)
+        run(copied, twin, 2, first=2)
+        assert_same(params, twin)
+
+
+def test_what_is_unpickled_has_a_pool_like_the_one_that_was_given(device, moving):
+    default = qn.memory.default_pool(device)
+    for pool in pools(device):
+        params = parameters(MANY, device=device)
+        optimizer = qn.optim.PagedAdamW8bit(params, paged=pool)
+        run(optimizer, params, 2)
+        used, used_by_default = pool.stats().used_bytes, default.stats().used_bytes
+        twin, copied = pickle.loads(pickle.dumps((params, optimizer)))
+        own = copied._paging.pool(default.device)
+        assert (own.backing, own.device_budget) == (pool.backing, pool.device_budget)
+        assert own.stats().used_bytes == pool.stats().used_bytes == used
+        assert default.stats().used_bytes <= used_by_default  # others may have died
+        run(optimizer, params, 2, first=2)
+        run(copied, twin, 2, first=2)
+        assert_same(params, twin)
 
 
 def test_memory_is_returned(device):

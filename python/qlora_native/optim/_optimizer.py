@@ -10,7 +10,7 @@ import torch
 from qlora_native import _C, _weight, memory
 from qlora_native.optim import _state
 from qlora_native.optim._overrides import Overrides
-from qlora_native.optim._paging import PagedStates
+from qlora_native.optim._paging import GivenPool, PagedStates
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
@@ -86,12 +86,13 @@ class NativeOptimizer(torch.optim.Optimizer):
             "paged": bool(paged),
         }
         self._overrides = Overrides()
-        self._set_up(paged if isinstance(paged, memory.PagedPool) else None)
+        self._given_pool = GivenPool(paged) if isinstance(paged, memory.PagedPool) else None
+        self._set_up()
         super().__init__(params, defaults)
 
-    def _set_up(self, pool: memory.PagedPool | None) -> None:
+    def _set_up(self) -> None:
         self._stepper = _make_stepper()
-        self._paging = PagedStates(pool) if self._options["paged"] else None
+        self._paging = PagedStates(self._given_pool) if self._options["paged"] else None
         self._allocations: dict[int, list[tuple[int, int]]] = {}
         self.grad_norm: torch.Tensor | None = None
         """The L2 norm of all gradients as the last step found them (one element, on their device);
@@ -355,13 +356,15 @@ class NativeOptimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             "_options": dict(self._options),
             "_overrides": self._overrides,
+            "_given_pool": self._given_pool,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_stepper" in self.__dict__:
             return
-        self._set_up(None)
+        self.__dict__.setdefault("_given_pool", None)  # pickled before there was one
+        self._set_up()
         if self._paging is not None:
             # What was copied or unpickled is in ordinary memory.
             params = [param for param in self.state if isinstance(param, torch.Tensor)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -23,11 +24,37 @@ ON_DEVICE = ("step",)
 """What is small, and read in every step, stays on the parameter's device."""
 
 
+class GivenPool:
+    """A user's pool, as an optimizer keeps it.
+
+    A deep copy shares the pool: its budget of device memory is meant for all that uses it. Where it
+    is unpickled, perhaps in another process, a pool like it is made when a state needs one.
+    """
+
+    def __init__(self, pool: memory.PagedPool) -> None:
+        self.device = pool.device
+        self._backing = pool.backing
+        self._device_budget = pool.device_budget
+        self._pool: memory.PagedPool | None = pool
+
+    def get(self) -> memory.PagedPool:
+        """Return the pool."""
+        if self._pool is None:
+            self._pool = memory.PagedPool(self.device, self._backing, self._device_budget)
+        return self._pool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GivenPool:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+
 class PagedStates:
     """The pools of an optimizer, one for each device, and the states that it keeps there."""
 
-    def __init__(self, pool: memory.PagedPool | None) -> None:
-        self._given = pool
+    def __init__(self, given: GivenPool | None) -> None:
+        self._given = given
         self._pools: dict[torch.device, memory.PagedPool] = {}
 
     def pool(self, device: torch.device) -> memory.PagedPool:
@@ -35,7 +62,7 @@ class PagedStates:
         if device not in self._pools:
             given = self._given
             fits = given is not None and given.device == device
-            self._pools[device] = given if fits else memory.default_pool(device)
+            self._pools[device] = given.get() if fits else memory.default_pool(device)
         return self._pools[device]
 
     def part_bytes(self, device: torch.device) -> int:
