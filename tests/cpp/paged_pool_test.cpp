@@ -358,6 +358,32 @@ TEST(PinnedPool, APlanForgetsWhatIsDeallocated) {
   s.driver->drain();
 }
 
+TEST(PinnedPool, NothingIsReleasedInACapture) {
+  Simulated s(Backing::kPinned);
+  const PagedRange range = s.allocate(kKiB);
+  s.acquire(range);
+  s.driver->set_capturing(s.stream, true);
+  EXPECT_SAYS(message_of<Unsupported>([&] { s.release(range); }), "captured");
+  s.driver->set_capturing(s.stream, false);
+  s.release(range);
+  EXPECT_THROW(s.release(range), InvalidArgument) << "it was acquired once";
+  s.driver->drain();
+}
+
+TEST(PinnedPool, APlanBringsNothingThatTheHostWasShown) {
+  Simulated s(Backing::kPinned);
+  const std::vector<PagedRange> ranges = s.allocate(20, kKiB);
+  s.pool->plan(ranges);
+  s.pool->host_view(ranges[10], s.stream);
+  for (size_t i = 0; i < 8; ++i) s.use(ranges[i]);
+  s.driver->drain();
+  // Beyond what the pool sees; a copy that was made ahead would not have it.
+  std::memset(ranges[10].data, 7, kKiB);
+  const auto* const staged = static_cast<const char*>(s.acquire(ranges[10], Access::kRead));
+  s.driver->drain();
+  EXPECT_EQ(staged[0], 7);
+}
+
 TEST(PinnedPool, APrefetchStopsWhereTheBudgetEnds) {
   Simulated s(Backing::kPinned);
   const std::vector<PagedRange> ranges = s.allocate(20, kKiB);
