@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -172,9 +173,16 @@ def test_generating_with_everything_in_4_bits(tied, device):
     assert out.shape == (1, 9)
 
 
-def test_a_tied_head_that_is_to_stay_dense_is_a_contradiction(tied):
-    with pytest.raises(ValueError, match=r"modules_to_not_convert has \['lm_head'\]"):
-        load(tied, modules_to_not_convert=["lm_head"])
+@pytest.mark.parametrize("entry", ["lm_head", "embed_tokens", "model", "model.embed.*", "head"])
+def test_a_tied_head_that_is_to_stay_dense_is_a_contradiction(tied, entry):
+    message = f"modules_to_not_convert has {[entry]}: "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(tied, modules_to_not_convert=["q_proj", entry])
+
+
+def test_entries_that_match_other_modules_leave_the_embedding_alone(tied):
+    model = load(tied, modules_to_not_convert=["q_proj", "model.embed", "model.layers.1"])
+    assert isinstance(model.get_input_embeddings(), Embedding4bit)
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])

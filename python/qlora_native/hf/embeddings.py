@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.quantizers.quantizers_utils import should_convert_module
+
 from qlora_native.nn.embedding import Embedding4bit
 
 _PARTS = ("_absmax", "_absmax2")
@@ -22,10 +24,15 @@ def token_embeddings(model: Any, modules_to_not_convert: Sequence[str] | None) -
         pair = {target.rpartition(".")[0], source.rpartition(".")[0]}
         if names & pair:
             names |= pair
-    kept = names & set(modules_to_not_convert or ())
+    # Matched as for linear layers: an entry may be a suffix, a parent or a pattern.
+    kept = [
+        entry
+        for entry in modules_to_not_convert or ()
+        if not all(should_convert_module(name, [entry]) for name in names)
+    ]
     if kept:
         raise ValueError(
-            f"quantize_embeddings=True, but modules_to_not_convert has {sorted(kept)}: "
+            f"quantize_embeddings=True, but modules_to_not_convert has {kept}: "
             f"{sorted(names)} have one weight, in 4 bits or not"
         )
     return names
