@@ -259,6 +259,24 @@ def test_merged_dense_it_is_the_exact_sum(folder, adapter, tmp_path):
     expected = adapted(folder, adapter)(ids).logits
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert (out / "tokenizer.json").is_file()
+    # The card as it was before the base was quantized.
+    card = (out / "README.md").read_text()
+    assert card == (folder / "model" / "README.md").read_text()
+
+
+def test_a_card_that_only_says_how_it_was_quantized_loses_that(tmp_path):
+    from qlora_native.hf.model_card import remove_from_model_card, write_model_card
+
+    path = tmp_path / "README.md"
+    for original in ("# Tiny\n", "---\ntags:\n- 4-bit\n---\n# Other\n"):
+        path.write_text(original)
+        remove_from_model_card(tmp_path)
+        assert path.read_text() == original
+    path.write_text("# Tiny\n\nSmall.\n")
+    write_model_card(tmp_path, QLoRANativeConfig())
+    assert "4 bits" in path.read_text()
+    remove_from_model_card(tmp_path)
+    assert path.read_text() == "# Tiny\n\nSmall.\n"
 
 
 def test_merging_quantizes_the_dense_base_as_the_adapter_had_it(folder, adapter, tmp_path):

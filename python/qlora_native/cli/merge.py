@@ -12,7 +12,7 @@ from qlora_native.cli import loading, models, output
 from qlora_native.cli.errors import InputError, allocating, require
 from qlora_native.cli.options import MergeOptions
 from qlora_native.cli.progress import LayerProgress, stderr, stdout
-from qlora_native.hf.model_card import write_model_card
+from qlora_native.hf.model_card import remove_from_model_card, write_model_card
 from qlora_native.nn.targets import lora_layers, replace_everywhere
 
 _FORMATS = ("dense", "native", "bitsandbytes")
@@ -44,7 +44,10 @@ def merge(options: MergeOptions) -> None:
     output.empty(options.output)
     output.save_model(model, options.output, options.format, options.max_shard_size)
     output.copy_companions(options.model, options.output)
-    if options.format != "dense":
+    if options.format == "dense":
+        # The card of a base in 4 bits, copied, says how that is stored.
+        remove_from_model_card(options.output)
+    else:
         config = model.config.quantization_config
         config.checkpoint_format = options.format
         write_model_card(options.output, config)

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_native import _checks
 from qlora_native.hf.config import QLoRANativeConfig
 
 _BEGIN, _END = "<!-- qlora_native:begin -->", "<!-- qlora_native:end -->"
@@ -79,6 +80,28 @@ def write_model_card(
     card.text = text
     card.save(path)
     return path
+
+
+def remove_from_model_card(folder: str | os.PathLike[str]) -> None:
+    """Takes the section and the tags out of the README.md in `folder`, if it has the section.
+
+    For a dense model that was made of one in 4 bits, of which the card would go on telling.
+    """
+    path = Path(folder) / "README.md"
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if _BEGIN not in content:
+        return
+    card = ModelCard(content, ignore_metadata_errors=True)
+    text = re.sub(rf"\s*{re.escape(_BEGIN)}.*?{re.escape(_END)}", "", card.text, flags=re.DOTALL)
+    metadata: Any = card.data
+    ours = {"qlora_native", "4-bit", *_checks.QUANT_TYPES} - {"custom"}
+    metadata.tags = [tag for tag in metadata.tags or [] if tag not in ours] or None
+    if metadata.to_dict():
+        card.text = text
+        card.save(path)
+    else:
+        # Without metadata the card would begin with an empty block of it.
+        path.write_text(text.lstrip("\n"), encoding="utf-8")
 
 
 def attach_card(model: Any) -> None:
