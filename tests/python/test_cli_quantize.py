@@ -105,9 +105,15 @@ def test_generate_takes_models_that_are_in_4_bits(folder):
     assert dense.code == 0, dense.err
 
 
-def test_a_stored_quantization_is_kept_and_told(folder):
+def test_a_stored_quantization_is_kept_and_told(folder, tmp_path):
     result = run_cli("generate", "--model", folder / "native", "--quant-type", "fp4", *PROMPT)
     assert result.code == 0
+    assert "stored with quant_type nf4, not fp4: they stay" in result.err
+    command = finetune_arguments(
+        folder / "native", folder / "data.jsonl", tmp_path / "out", max_steps=1, quant_type="fp4"
+    )
+    result = run_cli(*command)
+    assert result.code == 0, result.err
     assert "stored with quant_type nf4, not fp4: they stay" in result.err
 
 

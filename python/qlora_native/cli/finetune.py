@@ -51,7 +51,8 @@ def finetune(options: FinetuneOptions) -> None:
     loading.check_quantization(options)
     where = loading.placement(options)
     loading.check_model_path(options.model)
-    models.adopt_quantization(options)
+    if warning := models.adopt_quantization(options):
+        stderr.print(warning, highlight=False, soft_wrap=True)
     options = dataclasses.replace(
         options, bf16=where.dtype == torch.bfloat16, fp16=where.dtype == torch.float16
     )
