@@ -115,6 +115,7 @@ def test_a_stored_quantization_is_kept_and_told(folder, tmp_path):
     result = run_cli(*command)
     assert result.code == 0, result.err
     assert "stored with quant_type nf4, not fp4: they stay" in result.err
+    assert "quant_type: nf4\n" in (tmp_path / "out" / "run.yaml").read_text()
 
 
 def test_finetune_reports_the_stored_quantization(adapter):

@@ -284,7 +284,7 @@ def _settings(options: FinetuneOptions) -> dict[str, Any]:
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    passing = ("overwrite", "resume", "debug")
+    passing = ("overwrite", "resume", "debug", "given")
     return {
         name: plain(value)
         for name, value in dataclasses.asdict(options).items()

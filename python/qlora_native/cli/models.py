@@ -74,7 +74,11 @@ def adopt_quantization(options: Any) -> str | None:
     stored = stored_quantization(options.model)
     if stored is not None:
         found = {name: getattr(stored, name) for name in _SETTINGS[:3]}
-        return _adopt(options, found, given, "the model is stored with", "they stay")
+        warning = _adopt(options, found, given, "the model is stored with", "they stay")
+        # Also where others were given: what is recorded of a run is what it had.
+        for name, value in found.items():
+            setattr(options, name, value)
+        return warning
     adapter = getattr(options, "adapter", None)
     if adapter is None or not options.quantize:
         return None

@@ -150,6 +150,8 @@ class FinetuneOptions(ModelOptions):
     resume: Annotated[
         bool, option("Continue from the last checkpoint in the output folder.", _OUTPUT, "--resume")
     ] = False
+    given: frozenset[str] = frozenset()
+    """Names of the options that the user gave; the others have their defaults. Not an option."""
 
 
 @dataclasses.dataclass(kw_only=True)
