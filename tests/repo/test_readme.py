@@ -59,7 +59,9 @@ def test_python_example_runs(example, tmp_path):
 def run_compiled(example: Example, folder: Path) -> subprocess.CompletedProcess[str]:
     """Compile a block, link it to the installed core and run it."""
     is_c = example.language == "c"
-    compiler = shutil.which(os.environ.get("CC", "gcc") if is_c else os.environ.get("CXX", "g++"))
+    # Not CC and CXX: what other tests load sets them for itself, and gcc does not link C++.
+    names = ("gcc", "cc", "clang") if is_c else ("g++", "c++", "clang++")
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         pytest.skip(f"there is no {'C' if is_c else 'C++'} compiler")
     core = _installed_core()
