@@ -155,7 +155,10 @@ TEST(PagedOptimizerStep, WrongArgumentsAreRefused) {
   const std::vector<OptimizerTensor> tensors = model.tensors();
   const PagedRange foreign{tensors[0].state1, 1200};
   const OptimizerGroup group;
-  args = {.algorithm = OptimizerAlgorithm::kAdamW, .tensors = tensors, .groups = {&group, 1}};
+  args = {.algorithm = OptimizerAlgorithm::kAdamW,
+          .tensors = tensors,
+          .groups = {&group, 1},
+          .device = Device::cpu()};
   const auto before = model.contents();
   EXPECT_THROW(paged_optimizer_step(args, pool, {&foreign, 1}, 1 << 20, {}, Stream::none()),
                InvalidArgument);
