@@ -6,7 +6,6 @@
 #include "host/device_info.h"
 #include "host/launch.h"
 #include "operations.h"
-#include "optimizer_kernels.h"
 
 namespace qlora_native::cuda {
 namespace {
@@ -68,6 +67,34 @@ bool supports_transposed_and(const MatmulTransposedArgs& args, std::string* why_
   return supports_matmul_transposed(args, why_not) && kSupports(args, why_not);
 }
 
+bool are_elements_aligned(const OptimizerTensor& tensor) {
+  const size_t state_bytes = tensor.state_format == StateFormat::kFloat32 ? sizeof(float) : 1;
+  const auto is_float_aligned = [](const void* data) { return is_aligned(data, sizeof(float)); };
+  return is_aligned(tensor.param, static_cast<size_t>(size_bytes(tensor.param_dtype))) &&
+         is_aligned(tensor.grad, static_cast<size_t>(size_bytes(tensor.grad_dtype))) &&
+         is_aligned(tensor.state1, state_bytes) && is_aligned(tensor.state2, state_bytes) &&
+         is_float_aligned(tensor.absmax1) && is_float_aligned(tensor.absmax2) &&
+         is_float_aligned(tensor.master) && is_float_aligned(tensor.step);
+}
+
+bool supports_optimizer_step(const OptimizerStepArgs& args, std::string* why_not) {
+  for (size_t i = 0; i < args.tensors.size(); ++i) {
+    if (are_elements_aligned(args.tensors[i])) continue;
+    *why_not = "an array of tensor " + std::to_string(i) + " is not aligned to its elements";
+    return false;
+  }
+  return true;
+}
+
+bool supports_gradient_norm(const GradientNormArgs& args, std::string* why_not) {
+  for (const VectorView& grad : args.grads) {
+    if (!has_natural_alignment("a gradient", grad.data, size_bytes(grad.dtype), why_not)) {
+      return false;
+    }
+  }
+  return has_natural_alignment("the norm", args.norm, sizeof(float), why_not);
+}
+
 constexpr KernelEntry<QuantizeArgs> kQuantizeKernels[] = {
     {.name = "simt",
      .usable = is_usable,
@@ -120,6 +147,22 @@ constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposedKernels[] = {
      .dense_is_faster = true},
 };
 
+constexpr KernelEntry<OptimizerStepArgs> kOptimizerStepKernels[] = {
+    {.name = "simt",
+     .usable = is_usable,
+     .supports = supports_optimizer_step,
+     .workspace_bytes = optimizer_step_simt_workspace_bytes,
+     .run = optimizer_step_simt},
+};
+
+constexpr KernelEntry<GradientNormArgs> kGradientNormKernels[] = {
+    {.name = "simt",
+     .usable = is_usable,
+     .supports = supports_gradient_norm,
+     .workspace_bytes = gradient_norm_simt_workspace_bytes,
+     .run = gradient_norm_simt},
+};
+
 }  // namespace
 
 const Backend& backend() {
@@ -129,8 +172,8 @@ const Backend& backend() {
       .dequantize = kDequantizeKernels,
       .matmul = kMatmulKernels,
       .matmul_transposed = kMatmulTransposedKernels,
-      .optimizer_step = optimizer_step_kernels(),
-      .gradient_norm = gradient_norm_kernels(),
+      .optimizer_step = kOptimizerStepKernels,
+      .gradient_norm = kGradientNormKernels,
       .list_devices = list_devices,
       .unavailable_reason = unavailable_reason,
   };

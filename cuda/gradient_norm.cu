@@ -12,12 +12,13 @@
 #include <cstdint>
 #include <limits>
 
+#include "device/chunk_search.cuh"
 #include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
 #include "host/kernel_args.h"
 #include "host/launch.h"
 #include "host/stream.h"
-#include "optimizer_kernels.h"
+#include "operations.h"
 
 namespace qlora_native::cuda {
 namespace {
@@ -57,17 +58,7 @@ __device__ __forceinline__ double block_sum(double value) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ GradTable table) {
-  int low = 0;
-  int high = table.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (table.records[middle].first_chunk <= blockIdx.x) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  const GradRecord& record = table.records[low];
+  const GradRecord& record = record_of_chunk(table, blockIdx.x);
   const T* const data = static_cast<const T*>(record.data);
   const int64_t first =
       int64_t{blockIdx.x - record.first_chunk} * kChunk + static_cast<int64_t>(threadIdx.x) * 8;

@@ -8,6 +8,7 @@
 
 #include "qlora_native/dequantize.h"
 #include "qlora_native/matmul.h"
+#include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
 
 namespace qlora_native::cuda {
@@ -43,5 +44,11 @@ void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace workspace
 
 void gemm_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_simt(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
+
+int64_t optimizer_step_simt_workspace_bytes(const OptimizerStepArgs& args);
+void optimizer_step_simt(const OptimizerStepArgs& args, Workspace workspace, Stream stream);
+
+int64_t gradient_norm_simt_workspace_bytes(const GradientNormArgs& args);
+void gradient_norm_simt(const GradientNormArgs& args, Workspace workspace, Stream stream);
 
 }  // namespace qlora_native::cuda

@@ -23,13 +23,14 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "device/chunk_search.cuh"
 #include "device/lane_span.cuh"
 #include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
 #include "host/kernel_args.h"
 #include "host/launch.h"
 #include "host/stream.h"
-#include "optimizer_kernels.h"
+#include "operations.h"
 #include "optimizer_math.h"
 #include "optimizer_moment.cuh"
 #include "optimizer_tables.h"
@@ -85,21 +86,6 @@ constexpr int64_t kChunk = int64_t{kUnitsPerWarp<kFormat>} * kWarps * kStateBloc
 struct Scalar {
   using Floats = float;
 };
-
-/// The last record whose first chunk is not above `chunk`.
-__device__ __forceinline__ const StepRecord& find_record(const StepTable& table, uint32_t chunk) {
-  int low = 0;
-  int high = table.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (table.records[middle].first_chunk <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return table.records[low];
-}
 
 /// To the parameter's dtype, at random if the table says so.
 template <class P, bool kIsWhole>
@@ -200,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<kFormat, P>))
   auto* const moment_map = reinterpret_cast<MapTables<SignedCodeTable>*>(moment_memory);
   auto* const square_map = reinterpret_cast<MapTables<UnsignedCodeTable>*>(square_memory);
 
-  const StepRecord& record = find_record(table, blockIdx.x);
+  const StepRecord& record = record_of_chunk(table, blockIdx.x);
   const StepScalars scalars = table.scalars[record.scalars];
   if constexpr (kIs8bit) {
     fill(*moment_map, kSignedCodesOnDevice, kSignedMapOnDevice);

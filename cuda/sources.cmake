@@ -21,7 +21,6 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/host/tensor_map.cpp
   cuda/memory.cpp
   cuda/optimizer.cu
-  cuda/optimizer_kernels.cpp
   cuda/quantize.cu)
 # Their device code is empty before sm_90, where what only it uses is unused.
 set_source_files_properties(cuda/gemm/gemm_mma.cu cuda/gemv/gemv_mma.cu

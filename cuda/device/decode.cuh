@@ -68,6 +68,12 @@ struct RawScale {
   uint32_t code;  ///< double-quantized only
 };
 
+/// The scale of a double-quantized block from its code's entry in the dynamic map. Two rounded
+/// operations, never an FMA: the same bits on every backend.
+__device__ __forceinline__ float decode_scale(float map_value, float absmax2, float offset) {
+  return __fadd_rn(__fmul_rn(map_value, absmax2), offset);
+}
+
 /// Loads through the read-only path, in kernels that do not overlap the one before.
 struct ReadOnlyLoads {
   template <class V>
@@ -110,10 +116,9 @@ class ScaleReader {
   }
 
   /// With a copy of the dynamic map's values, say in shared memory.
-  /// Two rounded operations, never an FMA: the same bits on every backend.
   __device__ __forceinline__ float decode(RawScale raw, const float* map) const {
     if constexpr (kDoubleQuant) {
-      return __fadd_rn(__fmul_rn(map[raw.code], raw.value), offset_);
+      return decode_scale(map[raw.code], raw.value, offset_);
     } else {
       return raw.value;
     }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "device/mbarrier.cuh"
+
 namespace qlora_native::cuda {
 
 /// A ring of `kStages` stages of kRows rows of kRowBytes bytes, owned by one warp, all of whose
@@ -14,16 +16,14 @@ class WarpRing {
  public:
   static constexpr int kStageBytes = kRows * kRowBytes;
   static constexpr int kBytes = kStages * kStageBytes;
-  static constexpr int kBarrierBytes = kStages * 8;
+  static constexpr int kBarriersBytes = kStages * kBarrierBytes;
 
   /// Makes the barriers: before the warp's first access to global memory, for which the fence
   /// would wait. `data` is 16-byte aligned, `barriers` 8-byte.
   __device__ __forceinline__ WarpRing(uint32_t data, uint32_t barriers, int lane)
       : data_(data), barriers_(barriers), lane_(lane) {
-    if (lane < kStages) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + lane * 8));
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (lane < kStages) init_barrier(barriers + lane * kBarrierBytes, 1);
+    publish_barriers();
     __syncwarp();
   }
 
@@ -32,12 +32,8 @@ class WarpRing {
   template <class SourceOf>
   __device__ __forceinline__ void fill(int bytes, const SourceOf& source_of) {
     const uint32_t stage = data_ + fill_slot_ * kStageBytes;
-    const uint32_t barrier = barriers_ + fill_slot_ * 8;
-    if (lane_ == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                   "r"(bytes * kRows)
-                   : "memory");
-    }
+    const uint32_t barrier = barriers_ + fill_slot_ * kBarrierBytes;
+    if (lane_ == 0) arrive_and_expect(barrier, bytes * kRows);
     if (lane_ < kRows) {
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
@@ -50,13 +46,7 @@ class WarpRing {
 
   /// Waits until the next stage is full and returns its address.
   __device__ __forceinline__ uint32_t acquire() {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barriers_ + use_slot_ * 8),
-        "r"(parity_)
-        : "memory");
+    wait_barrier(barriers_ + use_slot_ * kBarrierBytes, parity_);
     const uint32_t stage = data_ + use_slot_ * kStageBytes;
     if (++use_slot_ == kStages) {
       use_slot_ = 0;

@@ -224,7 +224,7 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (kDoubleQuant) {
-          mine[i] = __fadd_rn(__fmul_rn(map[raw[0][i].code], raw[0][i].value), offset);
+          mine[i] = decode_scale(map[raw[0][i].code], raw[0][i].value, offset);
         } else {
           mine[i] = raw[0][i].value;
         }

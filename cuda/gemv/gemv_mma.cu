@@ -72,7 +72,7 @@ using CodeRing = WarpRing<kStages, kQuad, kShareUnits * kUnit / 2>;
 // the lines in its gaps; the rings.
 constexpr uint32_t kWindow = 65536;
 constexpr uint32_t kBarriersAt = 1024;
-constexpr uint32_t kPartialsAt = kBarriersAt + kWarps * CodeRing::kBarrierBytes;
+constexpr uint32_t kPartialsAt = kBarriersAt + kWarps * CodeRing::kBarriersBytes;
 static_assert(kPartialsAt + kGemvMmaPartialBytes <= kWindow - 1024, "1 KB is the system's");
 constexpr uint32_t kSharedBytes = kWindow + PairTable::kBytes + kWarps * CodeRing::kBytes;
 
@@ -117,7 +117,7 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
   if (table_at < kPartialsAt + kGemvMmaPartialBytes) __trap();  // the system's part has grown
   const PairTable table(shared_base + table_at, lane);
   CodeRing ring(shared_base + table_at + PairTable::kBytes + warp * CodeRing::kBytes,
-                shared_base + kBarriersAt + warp * CodeRing::kBarrierBytes, lane);
+                shared_base + kBarriersAt + warp * CodeRing::kBarriersBytes, lane);
 
   const int block = static_cast<int>(blockIdx.x);
   const int quad_begin = block * p.quads_per_block + min(block, p.blocks_with_more);

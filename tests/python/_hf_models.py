@@ -19,18 +19,20 @@ from transformers import (
 VOCABULARY = 96
 
 
+_LLAMA_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
 def llama(**overrides: object) -> torch.nn.Module:
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+    settings = _LLAMA_SHAPE | {"tie_word_embeddings": False} | overrides
+    return LlamaForCausalLM(LlamaConfig(**settings))
 
 
 def opt(**overrides: object) -> torch.nn.Module:
@@ -47,17 +49,8 @@ def opt(**overrides: object) -> torch.nn.Module:
 
 
 def qwen2(**overrides: object) -> torch.nn.Module:
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-    }
-    return Qwen2ForCausalLM(Qwen2Config(**(settings | overrides)))
+    settings = _LLAMA_SHAPE | {"tie_word_embeddings": True} | overrides
+    return Qwen2ForCausalLM(Qwen2Config(**settings))
 
 
 def gpt2(**overrides: object) -> torch.nn.Module:

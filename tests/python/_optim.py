@@ -1,5 +1,7 @@
 """What the optimizer's tests share: a plain reference, and runs over made-up gradients."""
 
+import io
+
 import torch
 
 import qlora_native as qn
@@ -67,3 +69,10 @@ def relative_error(ours, reference):
     a = torch.cat([p.detach().double().cpu().view(-1) for p in ours])
     b = torch.cat([p.detach().double().cpu().view(-1) for p in reference])
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def through_a_file(obj):
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)

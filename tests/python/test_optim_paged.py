@@ -2,14 +2,13 @@
 
 import copy
 import gc
-import io
 import pickle
 
 import pytest
 import torch
 
 import qlora_native as qn
-from _optim import ALL, SHAPES, assert_same, assert_same_states, parameters, run
+from _optim import ALL, SHAPES, assert_same, assert_same_states, parameters, run, through_a_file
 from qlora_native.optim import _paging
 
 # Larger than the staging cache of `pools`, so that pinned states come and go in every step.
@@ -32,13 +31,6 @@ def moving(monkeypatch, device):
     if device == "cpu":
         monkeypatch.setattr(_paging.PagedStates, "is_moved", lambda *_: True)
         monkeypatch.setattr(_paging.PagedStates, "part_bytes", lambda *_: 5000)
-
-
-def through_a_file(obj):
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

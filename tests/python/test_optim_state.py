@@ -1,7 +1,6 @@
 """What outlives a step: checkpoints of ours and of others, copies, overrides."""
 
 import copy
-import io
 import pickle
 import subprocess
 import sys
@@ -10,14 +9,15 @@ import pytest
 import torch
 
 import qlora_native as qn
-from _optim import ALL, assert_same, assert_same_states, parameters, run, set_gradients
-
-
-def through_a_file(obj):
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
+from _optim import (
+    ALL,
+    assert_same,
+    assert_same_states,
+    parameters,
+    run,
+    set_gradients,
+    through_a_file,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -41,7 +41,7 @@ class PanelRow {
   __device__ __forceinline__ float scale(RawScale raw, uint32_t map, float offset, int step) const {
     float scale = raw.value;
     if constexpr (C::kDoubleQuant) {
-      scale = __fadd_rn(__fmul_rn(load_shared(map + raw.code * 4), raw.value), offset);
+      scale = decode_scale(load_shared(map + raw.code * 4), raw.value, offset);
     }
     return row(step) < p_.weight_rows && unit(step) < p_.weight_units ? scale : 0.0f;
   }
