@@ -95,6 +95,28 @@ bool supports_gradient_norm(const GradientNormArgs& args, std::string* why_not) 
   return has_natural_alignment("the norm", args.norm, sizeof(float), why_not);
 }
 
+template <class View>
+bool is_matrix_aligned(const char* what, const View& view, std::string* why_not) {
+  return has_natural_alignment(what, view.data, size_bytes(view.dtype), why_not);
+}
+
+bool supports_lora_project(const LoraProjectArgs& args, std::string* why_not) {
+  return is_matrix_aligned("x", args.x, why_not) &&
+         is_matrix_aligned("the factor", args.factor, why_not) &&
+         is_matrix_aligned("t", args.t, why_not);
+}
+
+bool supports_lora_update(const LoraUpdateArgs& args, std::string* why_not) {
+  return is_matrix_aligned("t", args.t, why_not) &&
+         is_matrix_aligned("the factor", args.factor, why_not) &&
+         is_matrix_aligned("y", args.y, why_not);
+}
+
+bool supports_lora_gradient(const LoraGradientArgs& args, std::string* why_not) {
+  return is_matrix_aligned("s", args.s, why_not) && is_matrix_aligned("v", args.v, why_not) &&
+         is_matrix_aligned("grad", args.grad, why_not);
+}
+
 constexpr KernelEntry<QuantizeArgs> kQuantizeKernels[] = {
     {.name = "simt",
      .usable = is_usable,
@@ -163,6 +185,27 @@ constexpr KernelEntry<GradientNormArgs> kGradientNormKernels[] = {
      .run = gradient_norm_simt},
 };
 
+constexpr KernelEntry<LoraProjectArgs> kLoraProjectKernels[] = {
+    {.name = "simt",
+     .usable = is_usable,
+     .supports = supports_lora_project,
+     .run = lora_project_simt},
+};
+
+constexpr KernelEntry<LoraUpdateArgs> kLoraUpdateKernels[] = {
+    {.name = "simt",
+     .usable = is_usable,
+     .supports = supports_lora_update,
+     .run = lora_update_simt},
+};
+
+constexpr KernelEntry<LoraGradientArgs> kLoraGradientKernels[] = {
+    {.name = "simt",
+     .usable = is_usable,
+     .supports = supports_lora_gradient,
+     .run = lora_gradient_simt},
+};
+
 }  // namespace
 
 const Backend& backend() {
@@ -174,6 +217,9 @@ const Backend& backend() {
       .matmul_transposed = kMatmulTransposedKernels,
       .optimizer_step = kOptimizerStepKernels,
       .gradient_norm = kGradientNormKernels,
+      .lora_project = kLoraProjectKernels,
+      .lora_update = kLoraUpdateKernels,
+      .lora_gradient = kLoraGradientKernels,
       .list_devices = list_devices,
       .unavailable_reason = unavailable_reason,
   };

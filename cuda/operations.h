@@ -7,6 +7,7 @@
 #include <string>
 
 #include "qlora_native/dequantize.h"
+#include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -50,5 +51,9 @@ void optimizer_step_simt(const OptimizerStepArgs& args, Workspace workspace, Str
 
 int64_t gradient_norm_simt_workspace_bytes(const GradientNormArgs& args);
 void gradient_norm_simt(const GradientNormArgs& args, Workspace workspace, Stream stream);
+
+void lora_project_simt(const LoraProjectArgs& args, Workspace workspace, Stream stream);
+void lora_update_simt(const LoraUpdateArgs& args, Workspace workspace, Stream stream);
+void lora_gradient_simt(const LoraGradientArgs& args, Workspace workspace, Stream stream);
 
 }  // namespace qlora_native::cuda

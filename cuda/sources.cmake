@@ -19,6 +19,7 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/host/mma_args.cpp
   cuda/host/table_values.cpp
   cuda/host/tensor_map.cpp
+  cuda/lora/lora_simt.cu
   cuda/memory.cpp
   cuda/optimizer.cu
   cuda/quantize.cu)

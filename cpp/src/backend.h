@@ -10,6 +10,7 @@
 #include "qlora_native/dequantize.h"
 #include "qlora_native/device.h"
 #include "qlora_native/kernels.h"
+#include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -24,6 +25,9 @@ struct Backend {
   KernelTable<MatmulTransposedArgs> matmul_transposed;
   KernelTable<OptimizerStepArgs> optimizer_step;
   KernelTable<GradientNormArgs> gradient_norm;
+  KernelTable<LoraProjectArgs> lora_project;
+  KernelTable<LoraUpdateArgs> lora_update;
+  KernelTable<LoraGradientArgs> lora_gradient;
   /// The usable devices of this type; empty when there is none. Does not throw.
   std::vector<DeviceInfo> (*list_devices)();
   /// Why `list_devices` is empty, or "".
@@ -82,6 +86,24 @@ struct OpTraits<GradientNormArgs> {
   static constexpr Op kOp = Op::kGradientNorm;
   static constexpr auto kTable = &Backend::gradient_norm;
   static Device device(const GradientNormArgs& args) { return args.device; }
+};
+template <>
+struct OpTraits<LoraProjectArgs> {
+  static constexpr Op kOp = Op::kLoraProject;
+  static constexpr auto kTable = &Backend::lora_project;
+  static Device device(const LoraProjectArgs& args) { return args.t.device; }
+};
+template <>
+struct OpTraits<LoraUpdateArgs> {
+  static constexpr Op kOp = Op::kLoraUpdate;
+  static constexpr auto kTable = &Backend::lora_update;
+  static Device device(const LoraUpdateArgs& args) { return args.y.device; }
+};
+template <>
+struct OpTraits<LoraGradientArgs> {
+  static constexpr Op kOp = Op::kLoraGradient;
+  static constexpr auto kTable = &Backend::lora_gradient;
+  static Device device(const LoraGradientArgs& args) { return args.grad.device; }
 };
 
 }  // namespace qlora_native

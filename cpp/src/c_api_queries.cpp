@@ -23,7 +23,7 @@ using qn::c_api::fail;
 using qn::c_api::guarded;
 using qn::c_api::write_struct;
 
-static_assert(std::size(qn::kAllOps) == QN_GRADIENT_NORM + 1);
+static_assert(std::size(qn::kAllOps) == QN_LORA_GRADIENT + 1);
 static_assert(static_cast<int32_t>(qn::Op::kMatmul4bit) == QN_MATMUL_4BIT);
 static_assert(static_cast<int32_t>(qn::Op::kOptimizerStep) == QN_OPTIMIZER_STEP);
 static_assert(static_cast<int32_t>(qn::QuantType::kCustom) == QN_CUSTOM);

@@ -80,6 +80,12 @@ const char* name(Op op) {
       return "optimizer_step";
     case Op::kGradientNorm:
       return "gradient_norm";
+    case Op::kLoraProject:
+      return "lora_project";
+    case Op::kLoraUpdate:
+      return "lora_update";
+    case Op::kLoraGradient:
+      return "lora_gradient";
   }
   return "unknown";
 }
@@ -94,6 +100,9 @@ std::vector<KernelInfo> list_kernels() {
     append_kernels<MatmulTransposedArgs>(backend, &kernels);
     append_kernels<OptimizerStepArgs>(backend, &kernels);
     append_kernels<GradientNormArgs>(backend, &kernels);
+    append_kernels<LoraProjectArgs>(backend, &kernels);
+    append_kernels<LoraUpdateArgs>(backend, &kernels);
+    append_kernels<LoraGradientArgs>(backend, &kernels);
   }
   return kernels;
 }
@@ -124,6 +133,15 @@ void force_kernel(Op op, DeviceType device, const std::string& kernel_name) {
       break;
     case Op::kGradientNorm:
       names = names_of(backend.gradient_norm);
+      break;
+    case Op::kLoraProject:
+      names = names_of(backend.lora_project);
+      break;
+    case Op::kLoraUpdate:
+      names = names_of(backend.lora_update);
+      break;
+    case Op::kLoraGradient:
+      names = names_of(backend.lora_gradient);
       break;
   }
   std::string known;
@@ -161,5 +179,8 @@ std::string selected_kernel(const MatmulArgs& args) { return validated_selection
 std::string selected_kernel(const MatmulTransposedArgs& args) { return validated_selection(args); }
 std::string selected_kernel(const OptimizerStepArgs& args) { return validated_selection(args); }
 std::string selected_kernel(const GradientNormArgs& args) { return validated_selection(args); }
+std::string selected_kernel(const LoraProjectArgs& args) { return validated_selection(args); }
+std::string selected_kernel(const LoraUpdateArgs& args) { return validated_selection(args); }
+std::string selected_kernel(const LoraGradientArgs& args) { return validated_selection(args); }
 
 }  // namespace qlora_native

@@ -1,81 +1,11 @@
 #include "validate.h"
 
 #include <cmath>
-#include <string>
 
+#include "argument_checks.h"
 #include "validation_failure.h"
 
 namespace qlora_native {
-namespace {
-
-void check_dtype(const char* op, const char* what, DType dtype) {
-  const auto code = static_cast<int32_t>(dtype);
-  if (code < 0 || code > static_cast<int32_t>(DType::kBFloat16)) {
-    fail(op, ": ", what, " has an unknown dtype code ", code);
-  }
-}
-
-void check_device(const char* op, const char* what, Device device, Device expected) {
-  if (device != expected) {
-    fail(op, ": ", what, " is on ", to_string(device), ", the 4-bit weight on ",
-         to_string(expected));
-  }
-}
-
-void check_pointer(const char* op, const char* what, const void* data, int64_t size) {
-  if (data == nullptr && size > 0) fail(op, ": ", what, " is null but has ", size, " elements");
-}
-
-void check_vector(const char* op, const char* what, const VectorView& view, int64_t size,
-                  Device device) {
-  check_dtype(op, what, view.dtype);
-  if (view.size != size) fail(op, ": ", what, " has ", view.size, " elements, expected ", size);
-  check_device(op, what, view.device, device);
-  check_pointer(op, what, view.data, size);
-}
-
-void check_matrix(const char* op, const char* what, const MatrixView& view, Device device) {
-  check_dtype(op, what, view.dtype);
-  if (view.rows < 0 || view.cols < 0) fail(op, ": ", what, " is ", view.rows, " x ", view.cols);
-  if (view.row_stride < view.cols) {
-    fail(op, ": ", what, " has row stride ", view.row_stride, ", less than its ", view.cols,
-         " columns");
-  }
-  // In bytes of the widest type, fp64: a workspace of that shape can be counted too.
-  int64_t bytes = 0;
-  if (__builtin_mul_overflow(view.rows, view.row_stride, &bytes) ||
-      __builtin_mul_overflow(bytes, int64_t{8}, &bytes)) {
-    fail(op, ": ", what, "'s ", view.rows, " rows at stride ", view.row_stride,
-         " overflow 64 bits");
-  }
-  check_device(op, what, view.device, device);
-  check_pointer(op, what, view.data, view.rows * view.cols);
-}
-
-MatrixView as_const(const MutableMatrixView& view) {
-  return {view.data, view.rows, view.cols, view.row_stride, view.dtype, view.device};
-}
-
-/// The rules common to a weight that is read and one that is written.
-template <class View>
-void check_quantized(const char* op, const View& weight) {
-  validate(op, weight.rows, weight.cols, weight.block_size);
-  validate(op, weight.codebook);
-  const int64_t numel = weight.numel();
-  check_pointer(op, "the packed weight", weight.packed, numel);
-  const int64_t blocks = num_blocks(numel, weight.block_size);
-  if (weight.absmax.is_double_quantized()) {
-    if (weight.absmax.values != nullptr) {
-      fail(op, ": absmax is given both as fp32 values and as 8-bit codes");
-    }
-    check_pointer(op, "absmax2", weight.absmax.absmax2, num_groups(blocks));
-    check_pointer(op, "the offset of the double quantization", weight.absmax.offset, blocks);
-  } else {
-    check_pointer(op, "absmax", weight.absmax.values, blocks);
-  }
-}
-
-}  // namespace
 
 void validate(const char* op, const Codebook& book) {
   const auto code = static_cast<int32_t>(book.type);

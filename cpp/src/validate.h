@@ -4,6 +4,7 @@
 
 #include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
+#include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -16,6 +17,11 @@ void validate(const MatmulArgs& args);
 void validate(const MatmulTransposedArgs& args);
 void validate(const OptimizerStepArgs& args);
 void validate(const GradientNormArgs& args);
+void validate(const LoraProjectArgs& args);
+void validate(const LoraUpdateArgs& args);
+void validate(const LoraGradientArgs& args);
+void validate(const LoraForwardArgs& args);
+void validate(const LoraBackwardArgs& args);
 
 /// The parts of those checks that need no arrays; `op` begins the message.
 void validate(const char* op, const Codebook& book);

@@ -31,7 +31,7 @@ LAYERS = (
     Layer("formats", _public("codebook", "views", "quantized")),
     Layer(
         "operations",
-        (*_public("quantize", "dequantize", "matmul", "optimizer", "memory", "paged_optimizer"),),
+        (*_public("quantize", "dequantize", "matmul", "optimizer", "memory", "paged_optimizer"), *_public("dropout", "lora")),
     ),
     Layer("kernels", _public("kernels")),
     Layer("umbrella", _public("qlora_native")),
@@ -41,9 +41,11 @@ LAYERS = (
         (
             "cpp/src/kernel_table.h",
             "cpp/src/backend.h",
+            "cpp/src/dropout_mask.h",
             "cpp/src/nearest_code.h",
             "cpp/src/optimizer_math.h",
             "cpp/src/paged_driver.h",
+            "cpp/src/philox.h",
         ),
         not_from=("umbrella", "c_abi"),
     ),

@@ -8,6 +8,7 @@
 #include "qlora_native/dequantize.h"
 #include "qlora_native/device.h"
 #include "qlora_native/export.h"
+#include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -20,13 +21,17 @@ enum class Op : int32_t {
   kMatmul4bit,
   kMatmul4bitTransposed,
   kOptimizerStep,
-  kGradientNorm
+  kGradientNorm,
+  kLoraProject,
+  kLoraUpdate,
+  kLoraGradient
 };
 inline constexpr Op kAllOps[] = {Op::kQuantize4bit,         Op::kDequantize4bit, Op::kMatmul4bit,
-                                 Op::kMatmul4bitTransposed, Op::kOptimizerStep,  Op::kGradientNorm};
+                                 Op::kMatmul4bitTransposed, Op::kOptimizerStep,  Op::kGradientNorm,
+                                 Op::kLoraProject,          Op::kLoraUpdate,     Op::kLoraGradient};
 
 /// "quantize_4bit", "dequantize_4bit", "matmul_4bit", "matmul_4bit_transposed", "optimizer_step",
-/// "gradient_norm".
+/// "gradient_norm", "lora_project", "lora_update", "lora_gradient".
 QN_API const char* name(Op op);
 
 struct KernelInfo {
@@ -61,5 +66,8 @@ QN_API std::string selected_kernel(const MatmulArgs& args);
 QN_API std::string selected_kernel(const MatmulTransposedArgs& args);
 QN_API std::string selected_kernel(const OptimizerStepArgs& args);
 QN_API std::string selected_kernel(const GradientNormArgs& args);
+QN_API std::string selected_kernel(const LoraProjectArgs& args);
+QN_API std::string selected_kernel(const LoraUpdateArgs& args);
+QN_API std::string selected_kernel(const LoraGradientArgs& args);
 
 }  // namespace qlora_native

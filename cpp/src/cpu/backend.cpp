@@ -221,6 +221,26 @@ constexpr KernelEntry<GradientNormArgs> kGradientNorm[] = {
      .run = norm},
 };
 
+constexpr KernelEntry<LoraProjectArgs> kLoraProject[] = {
+    {.name = "scalar",
+     .usable = always_usable,
+     .workspace_bytes = lora_workspace_bytes,
+     .run = product<LoraProjectArgs, lora_project_scalar>},
+};
+
+constexpr KernelEntry<LoraUpdateArgs> kLoraUpdate[] = {
+    {.name = "scalar",
+     .usable = always_usable,
+     .workspace_bytes = lora_workspace_bytes,
+     .run = product<LoraUpdateArgs, lora_update_scalar>},
+};
+
+constexpr KernelEntry<LoraGradientArgs> kLoraGradient[] = {
+    {.name = "scalar",
+     .usable = always_usable,
+     .run = product<LoraGradientArgs, lora_gradient_scalar>},
+};
+
 std::vector<DeviceInfo> list_devices() {
   const CpuFeatures& features = cpu_features();
   return {{Device::cpu(), features.brand, to_string(features), physical_memory_bytes()}};
@@ -237,6 +257,9 @@ const Backend& backend() {
       .matmul_transposed = kMatmulTransposed,
       .optimizer_step = kOptimizerStep,
       .gradient_norm = kGradientNorm,
+      .lora_project = kLoraProject,
+      .lora_update = kLoraUpdate,
+      .lora_gradient = kLoraGradient,
       .list_devices = list_devices,
       .unavailable_reason = [] { return std::string(); },
   };

@@ -7,6 +7,7 @@
 
 #include "optimizer_math.h"
 #include "qlora_native/dequantize.h"
+#include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -70,6 +71,14 @@ void run_optimizer_step(const OptimizerStepArgs& args, Workspace workspace, Step
 
 int64_t gradient_norm_workspace_bytes(const GradientNormArgs& args);
 void gradient_norm_scalar(const GradientNormArgs& args, Workspace workspace);
+
+// ---- adapters: the factor is kept in fp32 panels ----
+
+int64_t lora_workspace_bytes(const LoraProjectArgs& args);
+int64_t lora_workspace_bytes(const LoraUpdateArgs& args);
+void lora_project_scalar(const LoraProjectArgs& args, Workspace workspace);
+void lora_update_scalar(const LoraUpdateArgs& args, Workspace workspace);
+void lora_gradient_scalar(const LoraGradientArgs& args, Workspace workspace);
 
 // ---- matmul, reference ----
 

@@ -5,6 +5,7 @@ set(QLORA_NATIVE_CPU_SOURCES
   cpp/src/cpu/dequantize.cpp
   cpp/src/cpu/double_quantize.cpp
   cpp/src/cpu/gradient_norm.cpp
+  cpp/src/cpu/lora.cpp
   cpp/src/cpu/matmul.cpp
   cpp/src/cpu/matmul_scalar.cpp
   cpp/src/cpu/memory.cpp

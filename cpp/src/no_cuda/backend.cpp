@@ -19,6 +19,9 @@ const Backend& backend() {
       .matmul_transposed = {},
       .optimizer_step = {},
       .gradient_norm = {},
+      .lora_project = {},
+      .lora_update = {},
+      .lora_gradient = {},
       .list_devices = [] { return std::vector<DeviceInfo>{}; },
       .unavailable_reason = missing,
   };
