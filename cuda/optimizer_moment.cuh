@@ -89,13 +89,18 @@ struct Moment<StateFormat::kDynamic8bit, Table> {
     const float largest = __uint_as_float(largest_bits);
     const bool has_codes = largest_bits > 0 && largest_bits < kInfinityBits;
     const float scale = largest < kSmallestStateAbsmax ? kSmallestStateAbsmax : largest;
-    const float reciprocal = 1.0f / scale;
+    if (has_codes) {
+      const float reciprocal = 1.0f / scale;
 #pragma unroll
-    for (int i = 0; i < kLaneElems; ++i) {
-      uint32_t code = find_code(tables->codes, values[i] * reciprocal);
-      // A second moment does not become 0 by rounding.
-      if (Table::kSigns == 1 && code == 0 && values[i] > 0) code = 1;
-      codes[i] = static_cast<uint8_t>(has_codes ? code : zero_code);
+      for (int i = 0; i < kLaneElems; ++i) {
+        uint32_t code = find_scaled_code(tables->codes, values[i] * reciprocal);
+        // A second moment does not become 0 by rounding.
+        if (Table::kSigns == 1 && values[i] > 0) code = max(code, 1u);
+        codes[i] = static_cast<uint8_t>(code);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLaneElems; ++i) codes[i] = static_cast<uint8_t>(zero_code);
     }
     store_lane(static_cast<uint8_t*>(state), span, codes);
     if (threadIdx.x % kWarpSize == 0) {

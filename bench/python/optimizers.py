@@ -29,7 +29,7 @@ import report
 _CHECKED_STEPS = 3
 _LR = 1e-3
 _MAX_NORM = 1.0
-_BUSY_CYCLES = 2_000_000  # about a millisecond
+_BUSY_CYCLES = 10_000_000  # about five milliseconds, more than the host needs for any step
 _EAGER_STEPS = 20
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]

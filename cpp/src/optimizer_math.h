@@ -100,15 +100,15 @@ constexpr StepFactors<V> step_factors(const StepScalars& s, const Broadcast& bro
           broadcast(s.step_size),   broadcast(s.bias2_sqrt), broadcast(s.eps)};
 }
 
-/// One step of AdamW. `square_root` of a V::Floats.
-template <class V, class SquareRoot>
+/// One step of AdamW. `root_over(x, y)` is sqrt(x) / y, both of them rounded.
+template <class V, class RootOver>
 constexpr void adamw_step(const StepFactors<V>& s, bool lerp_from_grad, typename V::Floats raw_grad,
                           typename V::Floats* p, typename V::Floats* m, typename V::Floats* v,
-                          const SquareRoot& square_root) {
+                          const RootOver& root_over) {
   const auto grad = raw_grad * s.grad_factor;
   const auto moment = (lerp_from_grad ? grad : *m) + s.weight1 * (grad - *m);
   const auto square = *v * s.beta2 + s.weight2 * grad * grad;
-  const auto denominator = square_root(square) / s.bias2_sqrt + s.eps;
+  const auto denominator = root_over(square, s.bias2_sqrt) + s.eps;
   *p = *p * s.decay - s.step_size * moment / denominator;
   *m = moment;
   *v = square;

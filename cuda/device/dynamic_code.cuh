@@ -5,14 +5,26 @@
 
 namespace qlora_native::cuda {
 
-/// encode_dynamic by one comparison. `Table` is a NearestCodeTable (cpp/src/nearest_code.h). The
-/// code of a NaN is some code.
+/// The code of a float in one of the buckets of a NearestCodeTable (cpp/src/nearest_code.h).
+template <class Table>
+__device__ __forceinline__ uint32_t code_in_bucket(const Table& table, float x, int32_t bucket) {
+  const uint32_t sign = Table::kSigns == 2 ? __float_as_uint(x) >> 31 : 0;
+  const uint32_t rank = table.ranks[static_cast<int32_t>(sign) * Table::kBuckets + bucket];
+  return rank + (x > table.points[rank] ? 1 : 0);
+}
+
+/// encode_dynamic by one comparison. The code of a NaN is some code.
 template <class Table>
 __device__ __forceinline__ uint32_t find_code(const Table& table, float x) {
-  const uint32_t bits = __float_as_uint(x);
-  const int32_t row = Table::kSigns == 2 && (bits >> 31) != 0 ? Table::kBuckets : 0;
-  const uint32_t rank = table.ranks[row + Table::bucket(bits & 0x7fffffffu)];
-  return rank + (x > table.points[rank] ? 1 : 0);
+  return code_in_bucket(table, x, Table::bucket(__float_as_uint(x) & 0x7fffffffu));
+}
+
+/// find_code of a finite float that is at most 1 in magnitude, but for rounding.
+template <class Table>
+__device__ __forceinline__ uint32_t find_scaled_code(const Table& table, float x) {
+  const uint32_t magnitude = __float_as_uint(x) & 0x7fffffffu;
+  const int32_t index = max(static_cast<int32_t>(magnitude >> Table::kShift), Table::kLowest);
+  return code_in_bucket(table, x, index - Table::kLowest);
 }
 
 }  // namespace qlora_native::cuda

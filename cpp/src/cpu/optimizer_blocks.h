@@ -66,7 +66,7 @@ void update_elements(const StepScalars& scalars, const float* grads, int64_t beg
     if constexpr (kAlgorithm == OptimizerAlgorithm::kAdamW) {
       F v = V::load(squares + i);
       adamw_step<V>(s, scalars.lerp_from_grad, V::load(grads + i), &p, &m, &v,
-                    [](F x) { return V::square_root(x); });
+                    [](F x, F y) { return V::square_root(x) / y; });
       V::store(squares + i, v);
     } else {
       lion_step<V>(s, V::load(grads + i), &p, &m, [](F x, F y) { return V::with_sign_of(x, y); });
