@@ -5,6 +5,7 @@
 
 #include "host/device_info.h"
 #include "host/launch.h"
+#include "lora/lora_mma.h"
 #include "operations.h"
 
 namespace qlora_native::cuda {
@@ -117,6 +118,11 @@ bool supports_lora_gradient(const LoraGradientArgs& args, std::string* why_not) 
          is_matrix_aligned("grad", args.grad, why_not);
 }
 
+template <class Args, auto kAligned, auto kSuits>
+bool supports_lora_mma(const Args& args, std::string* why_not) {
+  return kAligned(args, why_not) && kSuits(args, why_not);
+}
+
 constexpr KernelEntry<QuantizeArgs> kQuantizeKernels[] = {
     {.name = "simt",
      .usable = is_usable,
@@ -186,6 +192,12 @@ constexpr KernelEntry<GradientNormArgs> kGradientNormKernels[] = {
 };
 
 constexpr KernelEntry<LoraProjectArgs> kLoraProjectKernels[] = {
+    {.name = "mma",
+     .usable = is_usable,
+     .supports =
+         supports_lora_mma<LoraProjectArgs, supports_lora_project, supports_lora_project_mma>,
+     .workspace_bytes = lora_project_mma_workspace_bytes,
+     .run = lora_project_mma},
     {.name = "simt",
      .usable = is_usable,
      .supports = supports_lora_project,
@@ -193,6 +205,11 @@ constexpr KernelEntry<LoraProjectArgs> kLoraProjectKernels[] = {
 };
 
 constexpr KernelEntry<LoraUpdateArgs> kLoraUpdateKernels[] = {
+    {.name = "mma",
+     .usable = is_usable,
+     .supports = supports_lora_mma<LoraUpdateArgs, supports_lora_update, supports_lora_update_mma>,
+     .workspace_bytes = lora_update_mma_workspace_bytes,
+     .run = lora_update_mma},
     {.name = "simt",
      .usable = is_usable,
      .supports = supports_lora_update,
@@ -200,6 +217,11 @@ constexpr KernelEntry<LoraUpdateArgs> kLoraUpdateKernels[] = {
 };
 
 constexpr KernelEntry<LoraGradientArgs> kLoraGradientKernels[] = {
+    {.name = "mma",
+     .usable = is_usable,
+     .supports =
+         supports_lora_mma<LoraGradientArgs, supports_lora_gradient, supports_lora_gradient_mma>,
+     .run = lora_gradient_mma},
     {.name = "simt",
      .usable = is_usable,
      .supports = supports_lora_gradient,

@@ -55,5 +55,10 @@ void gradient_norm_simt(const GradientNormArgs& args, Workspace workspace, Strea
 void lora_project_simt(const LoraProjectArgs& args, Workspace workspace, Stream stream);
 void lora_update_simt(const LoraUpdateArgs& args, Workspace workspace, Stream stream);
 void lora_gradient_simt(const LoraGradientArgs& args, Workspace workspace, Stream stream);
+int64_t lora_project_mma_workspace_bytes(const LoraProjectArgs& args);
+void lora_project_mma(const LoraProjectArgs& args, Workspace workspace, Stream stream);
+int64_t lora_update_mma_workspace_bytes(const LoraUpdateArgs& args);
+void lora_update_mma(const LoraUpdateArgs& args, Workspace workspace, Stream stream);
+void lora_gradient_mma(const LoraGradientArgs& args, Workspace workspace, Stream stream);
 
 }  // namespace qlora_native::cuda

@@ -19,7 +19,12 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/host/mma_args.cpp
   cuda/host/table_values.cpp
   cuda/host/tensor_map.cpp
+  cuda/lora/gradient_mma.cu
+  cuda/lora/lora_mma.cpp
   cuda/lora/lora_simt.cu
+  cuda/lora/prepared_factor.cu
+  cuda/lora/project_mma.cu
+  cuda/lora/update_mma.cu
   cuda/memory.cpp
   cuda/optimizer.cu
   cuda/quantize.cu)

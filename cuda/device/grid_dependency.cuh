@@ -31,10 +31,28 @@ __device__ __forceinline__ uint32_t load_after_wait(const uint8_t* source) {
   return value;
 }
 
+/// An element of a 16-bit type.
+template <class T>
+__device__ __forceinline__ T load_after_wait(const T* source) {
+  static_assert(sizeof(T) == 2);
+  uint16_t bits;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(source) : "memory");
+  return *reinterpret_cast<const T*>(&bits);
+}
+
 __device__ __forceinline__ uint4 load_after_wait(const uint4* source) {
   uint4 value;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(source)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint2 load_after_wait(const uint2* source) {
+  uint2 value;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
                : "l"(source)
                : "memory");
   return value;

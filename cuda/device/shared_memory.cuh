@@ -19,6 +19,14 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t address, uint32_t (&word
                : "memory");
 }
 
+/// The same of the transposed matrices: a lane gets rows 2t, 2t + 1 of column l / 4 of each.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t address, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
 // Volatile keeps the accesses on their side of a barrier.
 
 __device__ __forceinline__ float load_shared(uint32_t address) {
