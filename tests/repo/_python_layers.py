@@ -18,7 +18,7 @@ LAYERS = (
     ("_autograd",),
     ("functional", "kernels"),
     ("nn", "optim", "memory"),
-    ("checkpoint", "convert"),
+    ("checkpoint", "convert", "footprint"),
     ("hf",),
     ("",),
     ("cli",),
