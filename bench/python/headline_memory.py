@@ -17,7 +17,8 @@ Embeddings and the head are frozen bf16. Gradients stay allocated between the st
 when they are accumulated over several batches. The cap is the context, the staging cache, and what
 torch's allocator may have beside them: beyond it, it raises. The total is what the driver says is
 in use after two steps, with what the allocator keeps, so nothing of the process is left out; the
-GPU has to be otherwise idle. GB are 10^9 bytes.
+GPU has to be otherwise idle. The estimate is `qlora-native estimate`'s, from the configuration
+alone. GB are 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import qlora_native as qn
 import random_models
 import report
-from qlora_native import memory, optim
+from qlora_native import footprint, memory, optim
 from qlora_native.footprint import Footprint, held
+from qlora_native.hf.meta import meta_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,22 +144,40 @@ def measure(options: argparse.Namespace, size: str) -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=False)
     if not all(map(math.isfinite, losses)) or len(set(losses)) == 1:
         raise RuntimeError(f"the model does not learn: losses are {losses}")
-    footprint = held(model, optimizer, [pool])
+    parts = held(model, optimizer, [pool])
     found = {
         "losses": losses,
-        "bits_per_weight": 8 * footprint.weights / _packed_elements(model),
+        "bits_per_weight": 8 * parts.weights / _packed_elements(model),
         "lora_parameters": sum(p.numel() for p in adapters),
         "build_s": built - started,
         "steps_s": time.perf_counter() - built,
     }
     if on_gpu:
-        footprint = on_device(
-            footprint, pool.stats().device_reserved_bytes,
+        parts = on_device(
+            parts, pool.stats().device_reserved_bytes,
             peak=torch.cuda.max_memory_allocated(), used=used_bytes(),
         )  # fmt: skip
         found |= {"context_bytes": context, "built_peak_bytes": built_peak}
         found["reserved_bytes"] = torch.cuda.max_memory_reserved()
-    return {**found, "parts": footprint.parts(), "host_bytes": footprint.host}
+    estimated = estimate(options, size)
+    found |= {"estimated_parts": estimated.parts(), "estimated_bytes": estimated.total}
+    return {**found, "parts": parts.parts(), "host_bytes": parts.host}
+
+
+def estimate(options: argparse.Namespace, size: str) -> Footprint:
+    """Return what `qlora-native estimate` would say of the same step."""
+    config = random_models.SHAPES[size].config(options.length)
+    quantization = qn.QLoRANativeConfig(modules_to_not_convert=["lm_head"])
+    model = meta_model(config, quantization, torch.bfloat16).train()
+    qn.add_lora(model, r=options.lora_r, adapter_dtype=getattr(torch, options.adapter_dtype))
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    return footprint.estimate(
+        model,
+        optim.PagedAdamW(adapters, master_weights=True),
+        footprint.trace(model, 1, options.length),
+        loss_share=min(options.loss_chunk / options.length, 1.0),
+        staging=options.staging_mb * 10**6,
+    )
 
 
 def _packed_elements(model: nn.Module) -> int:
@@ -164,7 +185,7 @@ def _packed_elements(model: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def on_device(footprint: Footprint, staged: int, peak: int, used: int) -> Footprint:
+def on_device(tensors: Footprint, staged: int, peak: int, used: int) -> Footprint:
     """Complete what tensors hold by what was seen on the device.
 
     Args:
@@ -173,7 +194,7 @@ def on_device(footprint: Footprint, staged: int, peak: int, used: int) -> Footpr
         used: what the driver says is in use.
     """
     return dataclasses.replace(
-        footprint, activations=peak - (footprint.total - staged), workspace=used - peak - staged
+        tensors, activations=peak - (tensors.total - staged), workspace=used - peak - staged
     )
 
 
@@ -201,7 +222,8 @@ def run_child(options: argparse.Namespace, size: str) -> dict[str, Any]:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Return the records as a Markdown table, in GB."""
     parts = [field.name for field in dataclasses.fields(Footprint) if field.name != "host"]
-    heads = ["size", *parts, "total", "bar", "paper", "cap", "on the host", "build s", "steps s"]
+    heads = ["size", *parts, "total", "estimate", "bar", "paper", "cap", "on the host", "build s",
+             "steps s"]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for r in records:
         if "error" in r:
@@ -210,6 +232,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             total = f"{r['total_bytes'] / 1e9:.2f}"
             cells = [r["size"], *(f"{r['parts'][part] / 1e9:.2f}" for part in parts)]
             cells += [f"**{total}**" if r["under_bar"] is not False else f"{total} (too much)"]
+            cells += [f"{r['estimated_bytes'] / 1e9:.2f}"]
             cells += ["-" if r[name] is None else f"{r[name]:.1f}" for name in ("bar", "paper")]
             cells += [f"{r['cap']:.0f}", f"{r['host_bytes'] / 1e9:.2f}"]
             cells += [f"{r['build_s']:.1f}", f"{r['steps_s']:.1f}"]

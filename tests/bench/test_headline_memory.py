@@ -51,6 +51,10 @@ def test_parts_are_those_of_the_tensors():
     assert parts["optimizer"] == 12 * adapters + 4 * 2 * 7 * shape.layers
     assert found["lora_parameters"] == adapters
     assert found["losses"][1] < found["losses"][0]
+    estimated = found["estimated_parts"]
+    for part in ("weights", "dense", "adapters", "gradients"):
+        assert estimated[part] == parts[part], part
+    assert estimated["activations"] > 0
 
 
 def test_what_the_device_says_is_divided():

@@ -9,6 +9,7 @@ import typer
 
 from qlora_native.cli.errors import EXIT_FAILURE, reporting
 from qlora_native.cli.options import (
+    EstimateOptions,
     EvaluateOptions,
     FinetuneOptions,
     GenerateOptions,
@@ -130,6 +131,26 @@ def merge(options: MergeOptions) -> None:
     from qlora_native.cli.merge import merge as run
 
     run(options)
+
+
+@command(app, EstimateOptions, no_args_is_help=True)
+def estimate(options: EstimateOptions) -> None:
+    """Show what fine-tuning would hold in GPU memory, by part, and whether that fits.
+
+    Examples:
+
+    - `qlora-native estimate ./llama --seq 2048 --batch 1 --gpu-memory 24`
+
+    - `qlora-native estimate ./llama --gpus 8 --lora-r 64 --optim adamw8bit --no-checkpointing`
+
+    Of the model only config.json is read. The exit code is 1 when it does not fit.
+    """
+    if not options.debug:
+        _quiet()
+    from qlora_native.cli.estimate import estimate as run
+
+    if run(options) is False:
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()

@@ -274,3 +274,49 @@ class MergeOptions(QuantizationOptions):
     ] = False
     given: frozenset[str] = frozenset()
     """Names of the options that the user gave; the others have their defaults. Not an option."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class EstimateOptions(QuantizationOptions):
+    """`qlora-native estimate`."""
+
+    model: Annotated[
+        str, argument("A local folder with a config.json, or a model id of the hub.", _MODEL)
+    ]
+    gpus: Annotated[int, option("GPUs that train together.", _HARDWARE)] = 1
+    gpu_memory: Annotated[
+        float | None,
+        option("GB (10^9 bytes) of one GPU; when not given: that of the GPU here.", _HARDWARE),
+    ] = None
+    max_seq_length: Annotated[
+        int, option("Tokens per training sequence.", _DATA, "--max-seq-length", "--seq")
+    ] = 1024
+    per_device_train_batch_size: Annotated[
+        int,
+        option("Sequences per forward.", _TRAINING, "--per-device-train-batch-size", "--batch"),
+    ] = 4
+    lora_r: Annotated[int, option("Rank.", _LORA)] = 16
+    target_modules: Annotated[
+        str, option("all-linear, or module names, comma-separated.", _LORA)
+    ] = "all-linear"
+    adapter_dtype: Annotated[str, option("Of the adapter's matrices.", _LORA)] = "float32"
+    gradient_checkpointing: Annotated[
+        bool,
+        option(
+            "Recompute activations in the backward pass.",
+            _TRAINING,
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            "--checkpointing/--no-checkpointing",
+        ),
+    ] = True
+    optim: Annotated[
+        str, option("adamw or lion, either with 8bit behind or paged_ before it.", _TRAINING)
+    ] = "paged_adamw"
+    dtype: Annotated[str, option("Of what is not in 4 bits.", _HARDWARE)] = "bfloat16"
+    json: Annotated[bool, option("Print one JSON object.", _OUTPUT, "--json")] = False
+    debug: Annotated[
+        bool,
+        option("Show the traceback and the libraries' logs on an error.", _HARDWARE, "--debug"),
+    ] = False
+    given: frozenset[str] = frozenset()
+    """Names of the options that the user gave; the others have their defaults. Not an option."""

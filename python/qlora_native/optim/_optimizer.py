@@ -165,6 +165,21 @@ class NativeOptimizer(torch.optim.Optimizer):
         for param, state in zip(params, self._states_of(params, entries), strict=True):
             self.state[param] = state
 
+    def state_bytes(self) -> int:
+        """Return the bytes of all parameters' states, which need not exist yet; of own shards."""
+        size = 0
+        for i, group in enumerate(self.param_groups):
+            for j, param in enumerate(group["params"]):
+                bits, master = self._bits_of((i, j), param), self._options["master_weights"]
+                entries = _state.fresh_entries(param, self.moments, bits, master)
+                size += sum(entry.size_bytes for entry in entries.values())
+        return size
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the state is in paged memory."""
+        return self._options["paged"]
+
     def _states_of(
         self, params: Sequence[torch.Tensor], entries: Sequence[_state.Entries]
     ) -> list[_state.State]:
