@@ -201,7 +201,8 @@ constexpr KernelEntry<LoraProjectArgs> kLoraProjectKernels[] = {
     {.name = "simt",
      .usable = is_usable,
      .supports = supports_lora_project,
-     .run = lora_project_simt},
+     .run = lora_project_simt,
+     .dense_is_faster = true},
 };
 
 constexpr KernelEntry<LoraUpdateArgs> kLoraUpdateKernels[] = {
@@ -225,7 +226,8 @@ constexpr KernelEntry<LoraGradientArgs> kLoraGradientKernels[] = {
     {.name = "simt",
      .usable = is_usable,
      .supports = supports_lora_gradient,
-     .run = lora_gradient_simt},
+     .run = lora_gradient_simt,
+     .dense_is_faster = true},
 };
 
 }  // namespace

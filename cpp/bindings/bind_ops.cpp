@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "bindings.h"
+#include "core_arguments.h"
 #include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/error.h"
@@ -21,22 +22,6 @@ namespace qn = qlora_native;
 using namespace nb::literals;
 
 namespace {
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-/// Python's device code: -1 is the CPU, i >= 0 is CUDA device i.
-qn::Device device_of(int device) {
-  return device < 0 ? qn::Device::cpu() : qn::Device::cuda(device);
-}
-
-qn::Workspace workspace_of(uintptr_t data, int64_t size_bytes) {
-  return {pointer(data), size_bytes};
-}
-
-qn::Stream stream_of(uintptr_t handle) { return qn::Stream::from_handle(pointer(handle)); }
 
 qn::Codebook named_codebook(const std::string& quant_type) {
   for (const qn::Codebook& book : {qn::kNF4, qn::kFP4, qn::kINT4}) {
@@ -77,17 +62,6 @@ qn::MutableQuantizedView weight_view(uintptr_t packed, uintptr_t absmax, uintptr
   return view;
 }
 
-qn::QuantizedView read_only(const qn::MutableQuantizedView& view) {
-  return {
-      .packed = view.packed,
-      .absmax = {view.absmax.values, view.absmax.codes, view.absmax.absmax2, view.absmax.offset},
-      .rows = view.rows,
-      .cols = view.cols,
-      .block_size = view.block_size,
-      .codebook = view.codebook,
-      .device = view.device};
-}
-
 qn::QuantizeArgs quantize_args(const qn::MutableQuantizedView& weight, uintptr_t input, int dtype,
                                uintptr_t pinned_offset) {
   return {.input = {pointer(input), weight.numel(), static_cast<qn::DType>(dtype), weight.device},
@@ -111,14 +85,6 @@ qn::MatmulTransposedArgs matmul_transposed_args(const qn::MutableQuantizedView& 
   return {.dy = {pointer(dy), m, weight.rows, row_stride, type, weight.device},
           .weight = read_only(weight),
           .dx = {pointer(dx), m, weight.cols, weight.cols, type, weight.device}};
-}
-
-/// What a caller with a dense GEMM at hand needs to know before a matmul: -1 when that GEMM over
-/// the dequantized weight is faster, else the workspace bytes of our kernel.
-constexpr int64_t kPreferDense = -1;
-
-int64_t plan_code(const qn::MatmulPlan& plan) {
-  return plan.prefers_dense ? kPreferDense : plan.workspace_bytes;
 }
 
 void bind_codebooks(nb::module_& m) {

@@ -65,6 +65,7 @@ NB_MODULE(_C, m) {
   bind_cpu_threads(m);
   bind_kernels(m);
   bind_ops(m);
+  bind_lora(m);
   bind_eager(m);
   bind_memory(m);
   bind_optimizer(m);

@@ -72,6 +72,16 @@ int64_t kernel_workspace_bytes(const Args& args) {
   return entry.workspace_bytes ? entry.workspace_bytes(args) : 0;
 }
 
+/// Whether the kernel of a product loses against a dense one, unless forced, and its workspace.
+template <class Args>
+MatmulPlan kernel_plan(const Args& args) {
+  using Traits = OpTraits<Args>;
+  const KernelEntry<Args>& entry = select_kernel(args);
+  const bool is_forced = forced_kernel_name(Traits::kOp, Traits::device(args).type) != nullptr;
+  return {.prefers_dense = entry.dense_is_faster && !is_forced,
+          .workspace_bytes = entry.workspace_bytes ? entry.workspace_bytes(args) : 0};
+}
+
 template <class Args>
 void run_kernel(const Args& args, Workspace workspace, Stream stream) {
   const KernelEntry<Args>& entry = select_kernel(args);

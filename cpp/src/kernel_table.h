@@ -26,7 +26,7 @@ struct KernelEntry {
   /// Scratch it needs. Null: none.
   int64_t (*workspace_bytes)(const Args& args) = nullptr;
   void (*run)(const Args& args, Workspace workspace, Stream stream) = nullptr;
-  /// A plain matmul: a tuned dense library over the dequantized weight beats it (matmul.h,
+  /// A plain product: a tuned dense library over the dequantized weight beats it (matmul.h,
   /// MatmulPlan).
   bool dense_is_faster = false;
 };

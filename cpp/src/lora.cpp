@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "dispatch.h"
+#include "dropout_mask.h"
 #include "validate.h"
 #include "validation_failure.h"
 
@@ -37,9 +38,12 @@ void run(const Args& args, Workspace workspace, Stream stream) {
 }
 
 template <class Args>
-int64_t validated_scratch_bytes(const Args& args) {
+MatmulPlan validated_plan(const Args& args) {
   validate(args);
-  return scratch_bytes(args);
+  if (has_nothing_to_do(args)) return {};
+  MatmulPlan plan = kernel_plan(args);
+  if (dropout_mask(args.dropout, 0).drops()) plan.prefers_dense = false;
+  return plan;
 }
 
 template <class Args>
@@ -129,22 +133,25 @@ struct Backward {
 
 }  // namespace
 
+MatmulPlan lora_project_plan(const LoraProjectArgs& args) { return validated_plan(args); }
 int64_t lora_project_workspace_bytes(const LoraProjectArgs& args) {
-  return validated_scratch_bytes(args);
+  return validated_plan(args).workspace_bytes;
 }
 void lora_project(const LoraProjectArgs& args, Workspace workspace, Stream stream) {
   run_validated(args, workspace, stream);
 }
 
+MatmulPlan lora_update_plan(const LoraUpdateArgs& args) { return validated_plan(args); }
 int64_t lora_update_workspace_bytes(const LoraUpdateArgs& args) {
-  return validated_scratch_bytes(args);
+  return validated_plan(args).workspace_bytes;
 }
 void lora_update(const LoraUpdateArgs& args, Workspace workspace, Stream stream) {
   run_validated(args, workspace, stream);
 }
 
+MatmulPlan lora_gradient_plan(const LoraGradientArgs& args) { return validated_plan(args); }
 int64_t lora_gradient_workspace_bytes(const LoraGradientArgs& args) {
-  return validated_scratch_bytes(args);
+  return validated_plan(args).workspace_bytes;
 }
 void lora_gradient(const LoraGradientArgs& args, Workspace workspace, Stream stream) {
   run_validated(args, workspace, stream);

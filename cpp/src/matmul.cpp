@@ -11,12 +11,7 @@ bool is_empty(const MutableMatrixView& out) { return out.rows == 0 || out.cols =
 template <class Args>
 MatmulPlan make_plan(const Args& args, const MutableMatrixView& out) {
   validate(args);
-  if (is_empty(out)) return {.prefers_dense = false, .workspace_bytes = 0};
-  using Traits = OpTraits<Args>;
-  const KernelEntry<Args>& entry = select_kernel(args);
-  const bool is_forced = forced_kernel_name(Traits::kOp, Traits::device(args).type) != nullptr;
-  return {.prefers_dense = entry.dense_is_faster && !is_forced,
-          .workspace_bytes = entry.workspace_bytes ? entry.workspace_bytes(args) : 0};
+  return is_empty(out) ? MatmulPlan{} : kernel_plan(args);
 }
 
 }  // namespace

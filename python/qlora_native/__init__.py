@@ -14,6 +14,8 @@ from qlora_native.functional import (
     dequantize_4bit,
     grouped_linear_4bit,
     linear_4bit,
+    linear_4bit_lora,
+    linear_4bit_lora_group,
     quantize_4bit,
 )
 from qlora_native.nn import add_lora, merge_lora, prepare_for_training, unmerge_lora
@@ -39,6 +41,8 @@ __all__ = [
     "hf",
     "kernels",
     "linear_4bit",
+    "linear_4bit_lora",
+    "linear_4bit_lora_group",
     "list_devices",
     "load_adapter",
     "memory",

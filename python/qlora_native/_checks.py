@@ -189,3 +189,33 @@ def check_bias(bias: torch.Tensor | None, x: torch.Tensor, out_features: int) ->
         raise TypeError(f"bias is {bias.dtype}, x is {x.dtype}")
     if bias.device != x.device:
         raise ValueError(f"bias is on {bias.device}, x on {x.device}")
+
+
+def check_adapter(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raise unless A [r, in] and B [out, r] adapt a weight of `shape` for activations like `x`."""
+    if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != tuple(shape):
+        raise ValueError(
+            f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}, but the weight is "
+            f"{tuple(shape)} [out_features, in_features]"
+        )
+    if a.shape[0] != b.shape[1]:
+        raise ValueError(f"A has rank {a.shape[0]}, B {b.shape[1]}")
+    for what, factor in (("A", a), ("B", b)):
+        if factor.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{what} is {factor.dtype}, expected {x.dtype} or torch.float32")
+        if factor.device != x.device:
+            raise ValueError(f"{what} is on {factor.device}, the activations on {x.device}")
+
+
+def check_dropout(p: float, rng: torch.Tensor | None) -> None:
+    """Raise unless `p` is a probability and `rng` the seed and offset that it takes, if any."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p is {p}, expected 0 <= p <= 1")
+    if rng is None:
+        if p > 0.0:
+            raise ValueError(f"dropout_p is {p}, but there is no seed")
+    elif rng.dtype != torch.int64 or rng.shape != (2,) or rng.device.type != "cpu":
+        raise ValueError(
+            f"seed and offset are two int64 on the CPU, not {tuple(rng.shape)} {rng.dtype} on "
+            f"{rng.device}"
+        )

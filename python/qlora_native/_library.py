@@ -20,16 +20,6 @@ _WEIGHT = (
     "SymInt[] shape, int block_size, str quant_type, float[]? codebook"
 )
 LIBRARY = torch.library.Library("qlora_native", "DEF")
-LIBRARY.define(
-    "quantize_4bit(Tensor input, str quant_type, int block_size, bool double_quant, "
-    "float[]? codebook, Tensor? offset) "
-    "-> (Tensor packed, Tensor absmax, Tensor absmax2, Tensor offset)"
-)
-LIBRARY.define(f"dequantize_4bit({_WEIGHT}, ScalarType dtype) -> Tensor")
-LIBRARY.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
-LIBRARY.define(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor")
-LIBRARY.define(f"grouped_linear_4bit(Tensor x, Tensor group_ends, {_WEIGHT}) -> Tensor")
-LIBRARY.define(f"grouped_linear_4bit_dx(Tensor dy, Tensor group_ends, {_WEIGHT}) -> Tensor")
 
 _threads.share_torch_threads()
 
@@ -65,11 +55,12 @@ def _checked_weight(
     return Weight(packed, absmax, absmax2, offset, shape, block_size, book)
 
 
-def _workspace(size_bytes: int, device: torch.device) -> torch.Tensor | None:
+def workspace(size_bytes: int, device: torch.device) -> torch.Tensor | None:
+    """Return scratch memory for a kernel, None for none."""
     return torch.empty(size_bytes, dtype=torch.uint8, device=device) if size_bytes > 0 else None
 
 
-def _as_rows(x: torch.Tensor, cols: int) -> tuple[torch.Tensor, int]:
+def as_rows(x: torch.Tensor, cols: int) -> tuple[torch.Tensor, int]:
     """Return x as [M, cols] with contiguous rows, and the row stride in elements."""
     rows = x.reshape(-1, cols) if cols > 0 else x.new_empty(math.prod(x.shape[:-1]), 0)
     if rows.shape[0] <= 1 or rows.stride(1) != 1 or rows.stride(0) < cols:
@@ -109,11 +100,11 @@ def _quantize_4bit(
     }
     stream = stream_and_threads(input.device)
     size_bytes = _C.quantize_4bit_workspace_bytes(view, **arguments)
-    workspace = _workspace(size_bytes, input.device)
+    scratch = workspace(size_bytes, input.device)
     _C.quantize_4bit(
         view,
         **arguments,
-        workspace=address(workspace),
+        workspace=address(scratch),
         workspace_bytes=size_bytes,
         stream=stream,
     )
@@ -169,15 +160,15 @@ def linear_4bit(x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torc
     _checks.check_activation("x", x, weight.shape, "in", weight.device)
     _checks.check_bias(bias, x, weight.rows)
     bias = None if bias is None else bias.contiguous()
-    rows, row_stride = _as_rows(x, weight.cols)
+    rows, row_stride = as_rows(x, weight.cols)
     # Not a view of something: autograd forbids in-place changes of those, and callers add to it.
     out = x.new_empty(*x.shape[:-1], weight.rows)
     y = out.view(rows.shape[0], weight.rows)
-    _product(rows, row_stride, bias, weight, y)
+    product(rows, row_stride, bias, weight, y)
     return out
 
 
-def _product(
+def product(
     x: torch.Tensor, row_stride: int, bias: torch.Tensor | None, weight: Weight, y: torch.Tensor
 ) -> None:
     """Write x W^T + bias to `y`, both matrices."""
@@ -203,11 +194,11 @@ def _ran_our_product(
     size_bytes = plan(weight.view, **arguments)
     if size_bytes == _C.PREFER_DENSE:
         return False
-    workspace = _workspace(size_bytes, weight.device)
+    scratch = workspace(size_bytes, weight.device)
     run(
         weight.view,
         **arguments,
-        workspace=address(workspace),
+        workspace=address(scratch),
         workspace_bytes=size_bytes,
         stream=stream,
     )
@@ -240,26 +231,33 @@ def linear_4bit_dx(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
     """The operator's kernel on a CPU and on CUDA devices."""
     weight = _checked_weight(*parts)
     _checks.check_activation("dy", dy, weight.shape, "out", weight.device)
-    rows, row_stride = _as_rows(dy, weight.rows)
+    rows, row_stride = as_rows(dy, weight.rows)
     out = dy.new_empty(*dy.shape[:-1], weight.cols)
-    _product_dx(rows, row_stride, weight, out.view(rows.shape[0], weight.cols))
+    product_dx(rows, row_stride, weight, out.view(rows.shape[0], weight.cols))
     return out
 
 
-def _product_dx(dy: torch.Tensor, row_stride: int, weight: Weight, dx: torch.Tensor) -> None:
-    """Write dy W to `dx`, both matrices."""
+def product_dx(
+    dy: torch.Tensor, row_stride: int, weight: Weight, dx: torch.Tensor, adds: bool = False
+) -> None:
+    """Write dy W to `dx`, or add it; both are matrices."""
+    out = torch.empty_like(dx) if adds else dx
     arguments = {
         "dy": dy.data_ptr(),
         "m": dy.shape[0],
         "row_stride": row_stride,
         "dtype": _checks.FLOAT_DTYPES[dy.dtype],
-        "dx": dx.data_ptr(),
+        "dx": out.data_ptr(),
     }
-    if dx.numel() > 0 and not _ran_our_product(
+    if dx.numel() == 0:
+        return
+    if not _ran_our_product(
         _C.matmul_4bit_transposed_plan, _C.matmul_4bit_transposed, weight, arguments
     ):
         # One contraction over all of N: summing panels would round dX once a panel.
-        torch.mm(dy, weight.dense(dy.dtype), out=dx)
+        torch.addmm(dx, dy, weight.dense(dy.dtype), beta=int(adds), out=dx)
+    elif adds:
+        dx.add_(out)
 
 
 def _linear_4bit_dx_fake(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
@@ -294,7 +292,7 @@ def grouped_linear_4bit(x: torch.Tensor, group_ends: torch.Tensor, *parts: Any) 
     x = x.contiguous()
     end = 0
     for rows, weight in _group_weights(group_ends, x.shape[0], parts):
-        _product(x[rows], x.shape[1], None, weight, y[rows])
+        product(x[rows], x.shape[1], None, weight, y[rows])
         end = rows.stop
     y[end:].zero_()
     return y
@@ -313,7 +311,7 @@ def grouped_linear_4bit_dx(dy: torch.Tensor, group_ends: torch.Tensor, *parts: A
     dy = dy.contiguous()
     end = 0
     for rows, weight in _group_weights(group_ends, dy.shape[0], parts):
-        _product_dx(dy[rows], dy.shape[1], weight, dx[rows])
+        product_dx(dy[rows], dy.shape[1], weight, dx[rows])
         end = rows.stop
     dx[end:].zero_()
     return dx
@@ -340,17 +338,41 @@ def _check_groups(
     return shape
 
 
-for _name, _kernel, _fake in (
-    ("quantize_4bit", _quantize_4bit, _quantize_4bit_fake),
-    ("dequantize_4bit", _dequantize_4bit, _dequantize_4bit_fake),
-    ("linear_4bit", linear_4bit, _linear_4bit_fake),
-    ("linear_4bit_dx", linear_4bit_dx, _linear_4bit_dx_fake),
-    ("grouped_linear_4bit", grouped_linear_4bit, _grouped_linear_4bit_fake),
-    ("grouped_linear_4bit_dx", grouped_linear_4bit_dx, _grouped_linear_4bit_dx_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"qlora_native::{_name}", _fake)
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an operator: `kernel` computes it on a CPU and on CUDA devices."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, key)
+    torch.library.register_fake(f"qlora_native::{name}", fake)
+
+
+register(
+    "quantize_4bit(Tensor input, str quant_type, int block_size, bool double_quant, "
+    "float[]? codebook, Tensor? offset) "
+    "-> (Tensor packed, Tensor absmax, Tensor absmax2, Tensor offset)",
+    _quantize_4bit,
+    _quantize_4bit_fake,
+)
+register(
+    f"dequantize_4bit({_WEIGHT}, ScalarType dtype) -> Tensor",
+    _dequantize_4bit,
+    _dequantize_4bit_fake,
+)
+register(
+    f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor", linear_4bit, _linear_4bit_fake
+)
+register(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor", linear_4bit_dx, _linear_4bit_dx_fake)
+register(
+    f"grouped_linear_4bit(Tensor x, Tensor group_ends, {_WEIGHT}) -> Tensor",
+    grouped_linear_4bit,
+    _grouped_linear_4bit_fake,
+)
+register(
+    f"grouped_linear_4bit_dx(Tensor dy, Tensor group_ends, {_WEIGHT}) -> Tensor",
+    grouped_linear_4bit_dx,
+    _grouped_linear_4bit_dx_fake,
+)
 
 
 @register_flop_formula(torch.ops.qlora_native.linear_4bit)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from qlora_native import _autograd, _checks, _eager
+from qlora_native import _autograd, _checks, _eager, _lora_autograd
 from qlora_native._checks import QUANT_TYPES
+from qlora_native._lora_ops import Layer
 
 __all__ = [
     "QUANT_TYPES",
@@ -23,6 +24,8 @@ __all__ = [
     "dequantize_4bit",
     "grouped_linear_4bit",
     "linear_4bit",
+    "linear_4bit_lora",
+    "linear_4bit_lora_group",
     "quantize_4bit",
 ]
 
@@ -214,6 +217,15 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> tor
     return _eager.dequantize_4bit(*_weight_arguments(q), dtype or q.dtype)
 
 
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """Return x as torch's linear would take it."""
+    device_type = x.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    if autocast and x.dtype.is_floating_point:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
 def linear_4bit(
     x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -242,10 +254,7 @@ def linear_4bit(
         )  # fmt: skip
         if y is not None:
             return y
-    device_type = x.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast and x.dtype.is_floating_point:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    x = _autocast(x)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     return _autograd.linear_4bit(x, bias, *_weight_arguments(q))
@@ -273,7 +282,102 @@ def grouped_linear_4bit(
         TypeError, ValueError: shapes, dtypes or devices do not fit, or the ends do not ascend; the
             message holds them.
     """
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
-    return _autograd.grouped_linear_4bit(x, group_ends, *_weight_arguments(stack))
+    return _autograd.grouped_linear_4bit(_autocast(x), group_ends, *_weight_arguments(stack))
+
+
+def linear_4bit_lora(
+    x: torch.Tensor,
+    q: QuantizedTensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Return ``x @ W.T + bias + scaling * (dropout(x) @ A.T) @ B.T`` for a 4-bit weight W.
+
+    Differentiable, once, in `x`, `bias`, `a` and `b`. Of the activations, x and the adapter's
+    ``dropout(x) @ A.T`` are kept for the backward pass, x only if `a` needs a gradient. The mask of
+    the dropout is not: it is a function of a seed and an offset (``dropout.h``), which are drawn on
+    the CPU without waiting for a device. So torch.manual_seed repeats it, on every device, and so
+    does checkpointing, which puts the CPU's generator back.
+
+    Args:
+        x, q, bias: as in `linear_4bit`.
+        a: ``[r, in_features]``, of any float type. The products run in x's dtype whatever it is.
+        b: ``[out_features, r]``, likewise.
+        scaling: the factor of the adapter's product, a number.
+        dropout_p: the probability by which elements of the adapter's x are zeroed; the others are
+            multiplied by ``1 / (1 - dropout_p)``. In steps of 1 / 65536.
+        generator: of the CPU, for the seed and the offset; torch's default one when None.
+
+    Returns:
+        ``[..., out_features]`` of x's (or the autocast) dtype.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit; the message holds them.
+        RuntimeError: dropout while a CUDA graph is captured, which would repeat one mask for ever.
+    """
+    return linear_4bit_lora_group(
+        x, [(q, a, b, scaling)], biases=[bias], dropout_p=dropout_p, generator=generator
+    )[0]
+
+
+def linear_4bit_lora_group(
+    x: torch.Tensor,
+    layers: Sequence[tuple[QuantizedTensor, torch.Tensor, torch.Tensor, float]],
+    *,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Return `linear_4bit_lora` of one `x` for several layers, as queries, keys and values have.
+
+    x is read once for all adapters and saved once, and its gradient is summed in place. One mask
+    of the dropout holds for all of them.
+
+    Args:
+        x, dropout_p, generator: as in `linear_4bit_lora`.
+        layers: (q, a, b, scaling) of each, as in `linear_4bit_lora`.
+        biases: the bias of each layer, or None; None: of none.
+
+    Raises:
+        As `linear_4bit_lora`.
+    """
+    if not layers:
+        raise ValueError("there is no layer")
+    x = _autocast(x)
+    biases = [None] * len(layers) if biases is None else list(biases)
+    if len(biases) != len(layers):
+        raise ValueError(f"{len(biases)} biases are given for {len(layers)} layers")
+    _checks.float_dtype_code("x", x.dtype)
+    rng = _draw(x, generator) if dropout_p > 0.0 else None
+    return tuple(
+        _lora_autograd.linear_4bit_lora(
+            x,
+            rng,
+            dropout_p,
+            [None if bias is None else bias.to(x.dtype) for bias in biases],
+            [
+                Layer(_factor(a, x), _factor(b, x), float(scaling), _weight_arguments(q))
+                for q, a, b, scaling in layers
+            ],
+        )
+    )
+
+
+def _factor(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a factor of an adapter in a dtype that the core takes beside x."""
+    return factor if factor.dtype in (x.dtype, torch.float32) else factor.to(x.dtype)
+
+
+def _draw(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Return a seed and an offset of dropout: a tensor, for compiled graphs draw them anew."""
+    if x.is_cuda and not _is_traced() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "linear_4bit_lora cannot drop while a CUDA graph is captured: its seed and offset are "
+            "numbers of the host, so every replay would have the same mask"
+        )
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device="cpu", generator=generator)

@@ -11,13 +11,15 @@
 // stream; all can be captured in a CUDA graph, which then replays the same dropout. Outputs must
 // not overlap inputs. All throw InvalidArgument (before anything is written), Unsupported,
 // CudaError. `<op>_workspace_bytes` says how much scratch memory the call needs, and throws as the
-// call does.
+// call does; so does `<op>_plan`, which also says whether a tuned dense product beats the kernel that
+// would run: never under dropout, for which a dense product has no equal.
 #pragma once
 
 #include <cstdint>
 
 #include "qlora_native/dropout.h"
 #include "qlora_native/export.h"
+#include "qlora_native/matmul.h"
 #include "qlora_native/quantized.h"
 #include "qlora_native/stream.h"
 #include "qlora_native/views.h"
@@ -37,6 +39,7 @@ struct LoraProjectArgs {
 /// C = 0 gives zeros; M = 0 and r = 0 do nothing.
 QN_API void lora_project(const LoraProjectArgs& args, Workspace workspace, Stream stream);
 QN_API int64_t lora_project_workspace_bytes(const LoraProjectArgs& args);
+QN_API MatmulPlan lora_project_plan(const LoraProjectArgs& args);
 
 /// y += D(scaling * t * factor^T).
 struct LoraUpdateArgs {
@@ -51,6 +54,7 @@ struct LoraUpdateArgs {
 /// M = 0, C = 0 and r = 0 do nothing.
 QN_API void lora_update(const LoraUpdateArgs& args, Workspace workspace, Stream stream);
 QN_API int64_t lora_update_workspace_bytes(const LoraUpdateArgs& args);
+QN_API MatmulPlan lora_update_plan(const LoraUpdateArgs& args);
 
 /// grad = scaling * s^T * D(v), or its transpose.
 struct LoraGradientArgs {
@@ -65,6 +69,7 @@ struct LoraGradientArgs {
 /// M = 0 gives zeros; C = 0 and r = 0 do nothing.
 QN_API void lora_gradient(const LoraGradientArgs& args, Workspace workspace, Stream stream);
 QN_API int64_t lora_gradient_workspace_bytes(const LoraGradientArgs& args);
+QN_API MatmulPlan lora_gradient_plan(const LoraGradientArgs& args);
 
 /// t = D(x) * A^T and y = x * W^T + bias + scaling * t * B^T.
 struct LoraForwardArgs {

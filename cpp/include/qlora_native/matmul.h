@@ -31,8 +31,8 @@ struct MatmulPlan {
   /// Whether, by measurement, dequantizing the weight and calling a tuned dense GEMM (cuBLAS,
   /// oneDNN) beats the kernel that would run. For callers that have such a library at hand; false
   /// while a kernel is forced.
-  bool prefers_dense;
-  int64_t workspace_bytes;  ///< as `matmul_4bit_workspace_bytes`
+  bool prefers_dense = false;
+  int64_t workspace_bytes = 0;  ///< as `matmul_4bit_workspace_bytes`
 };
 
 /// Both answers for the price of one. Throws as `matmul_4bit` does.

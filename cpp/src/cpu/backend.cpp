@@ -225,20 +225,23 @@ constexpr KernelEntry<LoraProjectArgs> kLoraProject[] = {
     {.name = "scalar",
      .usable = always_usable,
      .workspace_bytes = lora_workspace_bytes,
-     .run = product<LoraProjectArgs, lora_project_scalar>},
+     .run = product<LoraProjectArgs, lora_project_scalar>,
+     .dense_is_faster = true},
 };
 
 constexpr KernelEntry<LoraUpdateArgs> kLoraUpdate[] = {
     {.name = "scalar",
      .usable = always_usable,
      .workspace_bytes = lora_workspace_bytes,
-     .run = product<LoraUpdateArgs, lora_update_scalar>},
+     .run = product<LoraUpdateArgs, lora_update_scalar>,
+     .dense_is_faster = true},
 };
 
 constexpr KernelEntry<LoraGradientArgs> kLoraGradient[] = {
     {.name = "scalar",
      .usable = always_usable,
-     .run = product<LoraGradientArgs, lora_gradient_scalar>},
+     .run = product<LoraGradientArgs, lora_gradient_scalar>,
+     .dense_is_faster = true},
 };
 
 std::vector<DeviceInfo> list_devices() {

@@ -1,0 +1,148 @@
+"""Gradients of the linear layer with adapters, outside of the operator as in `_autograd`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qlora_native import _eager, _lora_ops
+from qlora_native._eager import needs_grad
+from qlora_native._library import LIBRARY
+from qlora_native._lora_ops import Layer
+
+_ops = torch.ops.qlora_native
+
+# What a layer is among a Function's arguments, which autograd sees only where they are no lists:
+# bias, a, b, scaling and the eight of the weight.
+_PER_LAYER = 12
+
+
+def _flat(bias: Sequence[torch.Tensor | None], layers: Sequence[Layer]) -> list[Any]:
+    return [
+        part
+        for one, layer in zip(bias, layers, strict=True)
+        for part in (one, layer.a, layer.b, layer.scaling, *layer.weight)
+    ]
+
+
+def _unflat(flat: Sequence[Any]) -> tuple[list[torch.Tensor | None], list[Layer]]:
+    chunks = [flat[i : i + _PER_LAYER] for i in range(0, len(flat), _PER_LAYER)]
+    return [chunk[0] for chunk in chunks], [
+        Layer(*chunk[1:4], tuple(chunk[4:])) for chunk in chunks
+    ]
+
+
+def _tensors(layers: Sequence[Layer]) -> list[torch.Tensor | None]:
+    return [part for layer in layers for part in (layer.a, layer.b, *layer.weight[:4])]
+
+
+def _run(
+    kernel: Any, operator: Any, seen: Sequence[torch.Tensor | None], *arguments: Any
+) -> list[torch.Tensor]:
+    """Call the kernel by itself where nothing of torch has to see the operator."""
+    if not _eager.is_traced() and _eager.is_plain(*seen):
+        return kernel(*arguments)
+    return operator(*arguments)
+
+
+class LinearLora(torch.autograd.Function):
+    """Y_i = X W_i^T + bias_i + scaling_i T_i B_i^T with T = D(X) A^T; the results are all Y, and T.
+
+    X, when an A needs a gradient, and T, when a B does, are all that is saved of the activations.
+    """
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, rng: torch.Tensor | None, dropout_p: float, *flat: Any
+    ) -> tuple[torch.Tensor, ...]:
+        bias, layers = _unflat(flat)
+        arguments = (x, rng, dropout_p, bias, *_lora_ops.operator_lists(layers))
+        seen = [x, *bias, *_tensors(layers)]
+        return tuple(_run(_lora_ops.linear_4bit_lora, _ops.linear_4bit_lora, seen, *arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, rng, dropout_p, *flat = inputs
+        _, layers = _unflat(flat)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        needs_a = any(layer.a.requires_grad for layer in layers)
+        needs_b = any(layer.b.requires_grad for layer in layers)
+        ctx.save_for_backward(
+            x if needs_a else None, output[-1] if needs_b else None, rng, *_tensors(layers)
+        )
+        ctx.dropout_p = dropout_p
+        ctx.leading = x.shape[:-1]
+        ctx.scaling = [layer.scaling for layer in layers]
+        ctx.formats = [layer.weight[4:] for layer in layers]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        x, t, rng, *tensors = ctx.saved_tensors
+        layers = [
+            Layer(
+                tensors[6 * i],
+                tensors[6 * i + 1],
+                scaling,
+                (*tensors[6 * i + 2 : 6 * i + 6], *rest),
+            )
+            for i, (scaling, rest) in enumerate(zip(ctx.scaling, ctx.formats, strict=True))
+        ]
+        count = len(layers)
+        given = next(grad for grad in grads[:count] if grad is not None)
+        dy = [
+            given.new_zeros(*ctx.leading, layer.b.shape[0]) if grad is None else grad
+            for grad, layer in zip(grads[:count], layers, strict=True)
+        ]
+        needs_x, needs_layers = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        wants_bias, wants_a, wants_b = (needs_layers[i::_PER_LAYER] for i in range(3))
+        results = iter(())
+        if needs_x or any(wants_a) or any(wants_b):
+            kernel, operator = (_lora_ops.linear_4bit_lora_backward, _ops.linear_4bit_lora_backward)
+            wants = (needs_x, list(wants_a), list(wants_b))
+            arguments = (dy, x, t, rng, ctx.dropout_p, *wants, *_lora_ops.operator_lists(layers))
+            results = iter(_run(kernel, operator, [*dy, x, t, *_tensors(layers)], *arguments))
+        dx = next(results) if needs_x else None
+        da = [next(results) if wants else None for wants in wants_a]
+        db = [next(results) if wants else None for wants in wants_b]
+        rest = [None] * (_PER_LAYER - 3)
+        flat = []
+        for i in range(count):
+            dbias = dy[i].reshape(-1, dy[i].shape[-1]).sum(0) if wants_bias[i] else None
+            flat += [dbias, da[i], db[i], *rest]
+        return (dx, None, None, *flat)
+
+
+def linear_4bit_lora(
+    x: torch.Tensor,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    bias: Sequence[torch.Tensor | None],
+    layers: Sequence[Layer],
+) -> list[torch.Tensor]:
+    """Return y of every layer: the operator, differentiable in x and every bias, A and B."""
+    seen = [x, *bias, *_tensors(layers)]
+    if needs_grad(*seen):
+        return list(LinearLora.apply(x, rng, dropout_p, *_flat(bias, layers))[:-1])
+    arguments = (x, rng, dropout_p, list(bias), *_lora_ops.operator_lists(layers))
+    return _run(_lora_ops.linear_4bit_lora, _ops.linear_4bit_lora, seen, *arguments)[:-1]
+
+
+def _autograd_kernel(
+    x: torch.Tensor,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    bias: Sequence[torch.Tensor | None],
+    *lists: Any,
+) -> list[torch.Tensor]:
+    layers = _lora_ops.layers_of(*lists)
+    if needs_grad(x, *bias, *_tensors(layers)):
+        return list(LinearLora.apply(x, rng, dropout_p, *_flat(bias, layers)))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.linear_4bit_lora(x, rng, dropout_p, bias, *lists)
+
+
+LIBRARY.impl("linear_4bit_lora", _autograd_kernel, "Autograd")

@@ -1,0 +1,402 @@
+"""The linear layer over 4-bit weights with low-rank adapters: operators, kernels and fakes.
+
+The operators take a group of layers that share their input (one layer is a group of one), so that
+the input is read once for all adapters, and saved once. Lists have an entry for each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from qlora_native import _C, _checks, _library
+from qlora_native._weight import Weight, address, device_code, stream_and_threads
+
+_LAYERS = (
+    "Tensor[] a, Tensor[] b, float[] scaling, "
+    "Tensor[] packed, Tensor[] absmax, Tensor?[] absmax2, Tensor?[] offset, "
+    "SymInt[] shapes, int[] block_sizes, str[] quant_types, float[] codebooks"
+)
+# Results: y of every layer, then t [M, the sum of the ranks], which the backward pass takes.
+FORWARD = (
+    "linear_4bit_lora(Tensor x, Tensor? rng, float dropout_p, Tensor?[] bias, "
+    f"{_LAYERS}) -> Tensor[]"
+)
+# Results: dx, every da, every db, without those that are not wanted.
+BACKWARD = (
+    "linear_4bit_lora_backward(Tensor[] dy, Tensor? x, Tensor? t, Tensor? rng, float dropout_p, "
+    f"bool wants_dx, bool[] wants_da, bool[] wants_db, {_LAYERS}) -> Tensor[]"
+)
+
+
+class Layer(NamedTuple):
+    """One 4-bit weight and its adapter.
+
+    Attributes:
+        a: [r, in_features], of x's dtype or fp32.
+        b: [out_features, r], likewise.
+        scaling: the factor of the adapter's product.
+        weight: the arguments by which every operator takes a 4-bit weight.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    weight: tuple[Any, ...]
+
+
+def operator_lists(layers: Sequence[Layer]) -> tuple[list[Any], ...]:
+    """Return the arguments that `_LAYERS` declares."""
+    a, b, scaling, weights = zip(*layers, strict=True)
+    packed, absmax, absmax2, offset, shapes, block_sizes, quant_types, books = zip(
+        *weights, strict=True
+    )
+    return (
+        list(a), list(b), list(scaling), list(packed), list(absmax), list(absmax2), list(offset),
+        [size for shape in shapes for size in shape], list(block_sizes), list(quant_types),
+        [value for book in books if book is not None for value in book],
+    )  # fmt: skip
+
+
+def layers_of(
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    packed: Sequence[torch.Tensor],
+    absmax: Sequence[torch.Tensor],
+    absmax2: Sequence[torch.Tensor | None],
+    offset: Sequence[torch.Tensor | None],
+    shapes: Sequence[int],
+    block_sizes: Sequence[int],
+    quant_types: Sequence[str],
+    codebooks: Sequence[float],
+) -> list[Layer]:
+    """Return the layers that `operator_lists` made lists of."""
+    books = iter(codebooks)
+    layers = []
+    for i, quant_type in enumerate(quant_types):
+        book = [next(books) for _ in range(16)] if quant_type == "custom" else None
+        weight = (
+            packed[i], absmax[i], absmax2[i], offset[i], shapes[2 * i : 2 * i + 2],
+            block_sizes[i], quant_type, book,
+        )  # fmt: skip
+        layers.append(Layer(a[i], b[i], scaling[i], weight))
+    return layers
+
+
+def _check_layers(
+    x: torch.Tensor, rng: torch.Tensor | None, dropout_p: float, layers: Sequence[Layer]
+) -> None:
+    _checks.check_dropout(dropout_p, rng)
+    for layer in layers:
+        *parts, quant_type, codebook = layer.weight
+        _checks.check_weight(*parts)
+        _checks.codebook(quant_type, codebook)
+        _checks.check_activation("x", x, parts[4], "in", parts[0].device)
+        _checks.check_adapter(layer.a, layer.b, x, parts[4])
+
+
+def _weight(layer: Layer) -> Weight:
+    *parts, quant_type, codebook = layer.weight
+    return Weight(*parts, _checks.codebook(quant_type, codebook))
+
+
+def _dropout(p: float, rng: torch.Tensor | None) -> _C.Dropout:
+    """Return the dropout of probability `p` with the seed and offset in `rng`, on the host."""
+    seed, offset = (0, 0) if rng is None else rng.tolist()
+    return _C.Dropout.make(p=p, seed=seed, offset=offset)
+
+
+_NO_DROPOUT = _C.Dropout.make(p=0.0, seed=0, offset=0)
+
+
+def _rank_slices(layers: Sequence[Layer]) -> list[slice]:
+    """Return which columns of t, rows of all A, are of which layer."""
+    ends = [0]
+    for layer in layers:
+        ends.append(ends[-1] + layer.a.shape[0])
+    return [slice(*ends) for ends in pairwise(ends)]
+
+
+def _all_a(layers: Sequence[Layer], dtype: torch.dtype) -> torch.Tensor:
+    """Return the A of all layers, one below the other, in their own dtype if they have one."""
+    if len(layers) == 1:
+        return layers[0].a
+    dtypes = {layer.a.dtype for layer in layers}
+    return torch.cat([layer.a if len(dtypes) == 1 else layer.a.to(dtype) for layer in layers])
+
+
+def _rows(x: torch.Tensor, cols: int) -> torch.Tensor:
+    return _library.as_rows(x, cols)[0]
+
+
+def _matrix(x: torch.Tensor) -> _C.MatrixView:
+    """The core's view of a matrix whose rows are contiguous."""
+    rows, cols = x.shape
+    return _C.MatrixView.make(
+        data=x.data_ptr(),
+        rows=rows,
+        cols=cols,
+        row_stride=x.stride(0) if rows > 1 else cols,
+        dtype=_checks.FLOAT_DTYPES[x.dtype],
+        device=device_code(x.device),
+    )
+
+
+def _ran_our_pass(
+    plan: Callable[..., int], run: Callable[..., None], device: torch.device, **arguments: Any
+) -> bool:
+    """Run the core's kernel and return True; return False where torch's product is faster."""
+    stream = stream_and_threads(device)
+    size_bytes = plan(**arguments)
+    if size_bytes == _C.PREFER_DENSE:
+        return False
+    workspace = _library.workspace(size_bytes, device)
+    run(**arguments, workspace=address(workspace), workspace_bytes=size_bytes, stream=stream)
+    return True
+
+
+# The passes over a big matrix. Which of them torch's products compute, without dropout, the core
+# says (`<pass>_plan`). Products into given memory are none that autocast casts.
+
+
+def _project(
+    x: torch.Tensor,
+    factor: torch.Tensor,
+    factor_transposed: bool,
+    scaling: float,
+    dropout: _C.Dropout,
+    t: torch.Tensor,
+) -> None:
+    """t = scaling D(x) factor^T, or scaling D(x) factor when it is transposed."""
+    factor = _rows(factor, factor.shape[1])
+    if not _ran_our_pass(
+        _C.lora_project_plan, _C.lora_project, x.device, x=_matrix(x), factor=_matrix(factor),
+        factor_transposed=factor_transposed, scaling=scaling, dropout=dropout, t=_matrix(t),
+    ):  # fmt: skip
+        factor = factor.to(x.dtype)
+        other = factor if factor_transposed else factor.t()
+        torch.addmm(t, x, other, beta=0, alpha=scaling, out=t)
+
+
+def _update(
+    t: torch.Tensor,
+    factor: torch.Tensor,
+    factor_transposed: bool,
+    scaling: float,
+    dropout: _C.Dropout,
+    y: torch.Tensor,
+) -> None:
+    """y += D(scaling t factor^T), or D(scaling t factor) when it is transposed."""
+    factor = _rows(factor, factor.shape[1])
+    if not _ran_our_pass(
+        _C.lora_update_plan, _C.lora_update, y.device, t=_matrix(t), factor=_matrix(factor),
+        factor_transposed=factor_transposed, scaling=scaling, dropout=dropout, y=_matrix(y),
+    ):  # fmt: skip
+        factor = factor.to(y.dtype)
+        other = factor if factor_transposed else factor.t()
+        torch.addmm(y, t, other, alpha=scaling, out=y)
+
+
+def _gradient(
+    s: torch.Tensor,
+    v: torch.Tensor,
+    transposed: bool,
+    scaling: float,
+    dropout: _C.Dropout,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Return scaling s^T D(v), or its transpose, of the dtype of `like`."""
+    shape = (v.shape[1], s.shape[1]) if transposed else (s.shape[1], v.shape[1])
+    grad = like.new_empty(shape)
+    if not _ran_our_pass(
+        _C.lora_gradient_plan, _C.lora_gradient, v.device, s=_matrix(s), v=_matrix(v),
+        transposed=transposed, scaling=scaling, dropout=dropout, grad=_matrix(grad),
+    ):  # fmt: skip
+        left, right = (v.t(), s) if transposed else (s.t(), v)
+        out = grad if grad.dtype == v.dtype else v.new_empty(shape)
+        torch.addmm(out, left, right, beta=0, alpha=scaling, out=out)
+        if out is not grad:
+            grad.copy_(out)
+    return grad
+
+
+def linear_4bit_lora(
+    x: torch.Tensor,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    bias: Sequence[torch.Tensor | None],
+    *lists: Any,
+) -> list[torch.Tensor]:
+    """The operator's kernel on a CPU and on CUDA devices."""
+    layers = layers_of(*lists)
+    results = _forward_fake(x, rng, dropout_p, bias, *lists)
+    *outputs, t = results
+    rows, row_stride = _library.as_rows(x, x.shape[-1])
+    dropout = _dropout(dropout_p, rng)
+    _project(rows, _all_a(layers, x.dtype), False, 1.0, dropout, t)
+    for y, one_bias, layer, ranks in zip(outputs, bias, layers, _rank_slices(layers), strict=True):
+        y = y.view(rows.shape[0], y.shape[-1])
+        one_bias = None if one_bias is None else one_bias.contiguous()
+        _library.product(rows, row_stride, one_bias, _weight(layer), y)
+        _update(t[:, ranks], layer.b, False, layer.scaling, _NO_DROPOUT, y)
+    return results
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    bias: Sequence[torch.Tensor | None],
+    *lists: Any,
+) -> list[torch.Tensor]:
+    layers = layers_of(*lists)
+    _check_layers(x, rng, dropout_p, layers)
+    outputs = []
+    for layer, one_bias in zip(layers, bias, strict=True):
+        out_features = layer.b.shape[0]
+        _checks.check_bias(one_bias, x, out_features)
+        outputs.append(x.new_empty(*x.shape[:-1], out_features))
+    ranks = sum(layer.a.shape[0] for layer in layers)
+    return [*outputs, x.new_empty(math.prod(x.shape[:-1]), ranks)]
+
+
+def linear_4bit_lora_backward(
+    dy: Sequence[torch.Tensor],
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    wants_dx: bool,
+    wants_da: Sequence[bool],
+    wants_db: Sequence[bool],
+    *lists: Any,
+) -> list[torch.Tensor]:
+    """The operator's kernel on a CPU and on CUDA devices."""
+    layers = layers_of(*lists)
+    _check_backward(dy, x, t, rng, dropout_p, wants_da, wants_db, layers)
+    slices = _rank_slices(layers)
+    dropout = _dropout(dropout_p, rng)
+    rows = [_rows(one, one.shape[-1]) for one in dy]
+    grads = []
+    if wants_dx or any(wants_da):
+        u = rows[0].new_empty(rows[0].shape[0], slices[-1].stop)
+        for one, layer, ranks in zip(rows, layers, slices, strict=True):
+            _project(one, layer.b, True, layer.scaling, _NO_DROPOUT, u[:, ranks])
+    if wants_dx:
+        dx = dy[0].new_empty(*dy[0].shape[:-1], layers[0].a.shape[1])
+        out = dx.view(rows[0].shape[0], dx.shape[-1])
+        for i, (one, layer) in enumerate(zip(rows, layers, strict=True)):
+            row_stride = one.stride(0) if one.shape[0] > 1 else one.shape[1]
+            _library.product_dx(one, row_stride, _weight(layer), out, adds=i > 0)
+        _update(u, _all_a(layers, dx.dtype), True, 1.0, dropout, out)
+        grads.append(dx)
+    if any(wants_da):
+        x_rows = _rows(x, x.shape[-1])
+        wanted = [i for i, wants in enumerate(wants_da) if wants]
+        if len(wanted) == 1:
+            (i,) = wanted
+            grads.append(_gradient(u[:, slices[i]], x_rows, False, 1.0, dropout, layers[i].a))
+        else:
+            # One pass over x for all; copied apart, for results of an operator do not share memory.
+            like = max((layers[i].a for i in wanted), key=lambda a: a.dtype.itemsize)
+            grad = _gradient(u, x_rows, False, 1.0, dropout, like)
+            grads += [torch.empty_like(layers[i].a).copy_(grad[slices[i]]) for i in wanted]
+    for one, layer, ranks, wants in zip(rows, layers, slices, wants_db, strict=True):
+        if wants:
+            grads.append(_gradient(t[:, ranks], one, True, layer.scaling, _NO_DROPOUT, layer.b))
+    return grads
+
+
+def _backward_fake(
+    dy: Sequence[torch.Tensor],
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    wants_dx: bool,
+    wants_da: Sequence[bool],
+    wants_db: Sequence[bool],
+    *lists: Any,
+) -> list[torch.Tensor]:
+    layers = layers_of(*lists)
+    _check_backward(dy, x, t, rng, dropout_p, wants_da, wants_db, layers)
+    grads = []
+    if wants_dx:
+        grads.append(dy[0].new_empty(*dy[0].shape[:-1], layers[0].a.shape[1]))
+    for layer, wants in zip(layers, wants_da, strict=True):
+        if wants:
+            grads.append(layer.a.new_empty(layer.a.shape))
+    for layer, wants in zip(layers, wants_db, strict=True):
+        if wants:
+            grads.append(layer.b.new_empty(layer.b.shape))
+    return grads
+
+
+def _check_backward(
+    dy: Sequence[torch.Tensor],
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    wants_da: Sequence[bool],
+    wants_db: Sequence[bool],
+    layers: Sequence[Layer],
+) -> None:
+    _checks.check_dropout(dropout_p, rng)
+    if any(wants_da) and x is None:
+        raise ValueError("the gradients of A need x, which is None")
+    if any(wants_db) and t is None:
+        raise ValueError("the gradients of B need t, which is None")
+    rows = math.prod(dy[0].shape[:-1])
+    ranks = sum(layer.a.shape[0] for layer in layers)
+    if t is not None and tuple(t.shape) != (rows, ranks):
+        raise ValueError(f"t has shape {tuple(t.shape)}, expected ({rows}, {ranks})")
+    for one, layer in zip(dy, layers, strict=True):
+        *parts, quant_type, codebook = layer.weight
+        _checks.check_weight(*parts)
+        _checks.codebook(quant_type, codebook)
+        _checks.check_activation("dy", one, parts[4], "out", parts[0].device)
+        _checks.check_adapter(layer.a, layer.b, one, parts[4])
+        if one.shape[:-1] != dy[0].shape[:-1] or one.dtype != dy[0].dtype:
+            raise ValueError(
+                f"the gradients of the outputs are {tuple(dy[0].shape)} {dy[0].dtype} and "
+                f"{tuple(one.shape)} {one.dtype}"
+            )
+        if x is not None:
+            _checks.check_activation("x", x, parts[4], "in", parts[0].device)
+            if x.dtype != one.dtype or math.prod(x.shape[:-1]) != rows:
+                raise ValueError(
+                    f"x is {tuple(x.shape)} {x.dtype}, dy {tuple(one.shape)} {one.dtype}"
+                )
+
+
+_library.register(FORWARD, linear_4bit_lora, _forward_fake)
+_library.register(BACKWARD, linear_4bit_lora_backward, _backward_fake)
+
+
+@register_flop_formula(torch.ops.qlora_native.linear_4bit_lora)
+def _forward_flops(x_shape, rng_shape, p, bias_shapes, a_shapes, b_shapes, *rest, **kwargs) -> int:
+    rows = math.prod(x_shape[:-1])
+    weights = sum(a[1] * b[0] for a, b in zip(a_shapes, b_shapes, strict=True))
+    factors = sum(math.prod(factor) for factor in (*a_shapes, *b_shapes))
+    return 2 * rows * (weights + factors)
+
+
+@register_flop_formula(torch.ops.qlora_native.linear_4bit_lora_backward)
+def _backward_flops(
+    dy_shapes, x_shape, t_shape, rng_shape, p, wants_dx, wants_da, wants_db, a_shapes, b_shapes,
+    *rest, **kwargs,
+) -> int:  # fmt: skip
+    rows = math.prod(dy_shapes[0][:-1])
+    flops = 0
+    for a, b, da, db in zip(a_shapes, b_shapes, wants_da, wants_db, strict=True):
+        size_a, size_b = math.prod(a), math.prod(b)
+        flops += (size_b if wants_dx or da else 0) + (size_a if da else 0) + (size_b if db else 0)
+        flops += a[1] * b[0] + size_a if wants_dx else 0
+    return 2 * rows * flops
