@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora_native.hf.peft_dense import Over4bit, dense_base
 from qlora_native.nn import Linear4bit
-from qlora_native.nn.adapted import LowRank, adapted_linear
+from qlora_native.nn.adapted import LowRank, adapted_linear, is_bare
 
 _INITS_WITHOUT_WEIGHT = (True, False, None, "gaussian", "eva")
 
@@ -44,7 +44,7 @@ class Linear(Over4bit, LoraLinear):
             if name not in self.lora_A:
                 continue
             a, b = self.lora_A[name], self.lora_B[name]
-            if name in self.lora_variant or b.bias is not None or not (_is_bare(a) and _is_bare(b)):
+            if name in self.lora_variant or b.bias is not None or not (_is_plain(a) and _is_plain(b)):
                 return None
             dropout = self.lora_dropout[name]
             adapters.append(LowRank(a.weight, b.weight, self.scaling[name], dropout))
@@ -77,11 +77,6 @@ class Linear(Over4bit, LoraLinear):
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
 
-def _is_bare(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
     """Whether calling the module is F.linear with its weight, which nobody watches or changes."""
-    return type(module) is nn.Linear and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return type(module) is nn.Linear and is_bare(module)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from qlora_native.functional import linear_4bit_lora
+from qlora_native.nn.linear import Linear4bit
 
 
 class LowRank(NamedTuple):
@@ -29,15 +33,66 @@ def adapted_linear(base_layer: nn.Linear, x: Tensor, adapters: Sequence[LowRank]
     """y = base_layer(x) + the sum over `adapters`, [..., out_features] in the base layer's dtype.
 
     The adapters' products run in the dtype in which the base layer computes (its `compute_dtype`,
-    else the dtype of `x`), whatever dtype A and B are stored in.
+    else the dtype of `x`), whatever dtype A and B are stored in. One adapter over a plain
+    Linear4bit is one operation, `linear_4bit_lora`.
     """
-    y = base_layer(x)
     compute_dtype = getattr(base_layer, "compute_dtype", None)
-    if compute_dtype is not None:
-        x = x.to(compute_dtype)
+    inner = x if compute_dtype is None else x.to(compute_dtype)
+    if len(adapters) == 1 and _is_one_operation(base_layer, inner, adapters[0]):
+        a, b, scaling, dropout = adapters[0]
+        y = linear_4bit_lora(
+            inner,
+            base_layer.quantized_weight(),
+            a,
+            b,
+            scaling,
+            bias=base_layer.bias,
+            dropout_p=_probability(dropout),
+        )
+        return y if compute_dtype is None else y.to(x.dtype)
+    y = base_layer(x)
     for a, b, scaling, dropout in adapters:
-        dropped = x if type(dropout) is nn.Identity else dropout(x)
+        dropped = inner if type(dropout) is nn.Identity else dropout(inner)
         # fp32 masters must not pull the products into fp32.
-        update = F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype))
+        update = F.linear(F.linear(dropped, a.to(inner.dtype)), b.to(inner.dtype))
         y = y + (update * scaling).to(y.dtype)
     return y
+
+
+def _probability(dropout: nn.Module) -> float:
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def _is_one_operation(base_layer: nn.Linear, x: Tensor, adapter: LowRank) -> bool:
+    """Whether nothing replaces or watches the base layer's product or the adapter's dropout."""
+    dropout = adapter.dropout
+    return (
+        type(base_layer) is Linear4bit
+        and is_bare(base_layer)
+        and (
+            type(dropout) is nn.Identity
+            or (type(dropout) is nn.Dropout and not dropout.inplace and is_bare(dropout))
+        )
+        and x.device.type in ("cpu", "cuda")
+        # A graph that is captured needs torch's dropout, whose state is on the device.
+        and not (_probability(dropout) > 0.0 and _is_capturing(x))
+    )
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module is its class's forward, which nobody watches or changes."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and not torch.compiler.is_dynamo_compiling()
+        and torch.cuda.is_current_stream_capturing()
+    )
