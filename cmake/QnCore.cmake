@@ -5,7 +5,7 @@ include(${PROJECT_SOURCE_DIR}/cpp/src/cpu/sources.cmake)
 
 add_library(qlora_native SHARED
   cpp/src/device.cpp cpp/src/registry.cpp cpp/src/validate.cpp cpp/src/version.cpp
-  cpp/src/quantize.cpp cpp/src/dequantize.cpp cpp/src/matmul.cpp
+  cpp/src/quantize.cpp cpp/src/dequantize.cpp cpp/src/matmul.cpp cpp/src/grouped_matmul.cpp
   cpp/src/lora.cpp cpp/src/validate_lora.cpp
   cpp/src/managed_mover.cpp cpp/src/memory.cpp cpp/src/paged_mover.cpp cpp/src/paged_pool_state.cpp
   cpp/src/region_allocator.cpp cpp/src/staging_cache.cpp

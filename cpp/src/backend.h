@@ -9,6 +9,7 @@
 #include "paged_driver.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/device.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/kernels.h"
 #include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
@@ -28,6 +29,8 @@ struct Backend {
   KernelTable<LoraProjectArgs> lora_project;
   KernelTable<LoraUpdateArgs> lora_update;
   KernelTable<LoraGradientArgs> lora_gradient;
+  KernelTable<GroupedMatmulArgs> grouped_matmul;
+  KernelTable<GroupedMatmulTransposedArgs> grouped_matmul_transposed;
   /// The usable devices of this type; empty when there is none. Does not throw.
   std::vector<DeviceInfo> (*list_devices)();
   /// Why `list_devices` is empty, or "".
@@ -104,6 +107,20 @@ struct OpTraits<LoraGradientArgs> {
   static constexpr Op kOp = Op::kLoraGradient;
   static constexpr auto kTable = &Backend::lora_gradient;
   static Device device(const LoraGradientArgs& args) { return args.grad.device; }
+};
+template <>
+struct OpTraits<GroupedMatmulArgs> {
+  static constexpr Op kOp = Op::kGroupedMatmul4bit;
+  static constexpr auto kTable = &Backend::grouped_matmul;
+  static Device device(const GroupedMatmulArgs& args) { return args.weights.first.device; }
+};
+template <>
+struct OpTraits<GroupedMatmulTransposedArgs> {
+  static constexpr Op kOp = Op::kGroupedMatmul4bitTransposed;
+  static constexpr auto kTable = &Backend::grouped_matmul_transposed;
+  static Device device(const GroupedMatmulTransposedArgs& args) {
+    return args.weights.first.device;
+  }
 };
 
 }  // namespace qlora_native

@@ -50,7 +50,7 @@ void check_enum(const char* function, const char* what, int32_t value, int32_t c
 }
 
 void check_op(const char* function, qn_op op) {
-  check_enum(function, "operation", op, QN_LORA_GRADIENT + 1);
+  check_enum(function, "operation", op, QN_GROUPED_MATMUL_4BIT_TRANSPOSED + 1);
 }
 
 void check_device_type(const char* function, qn_device_type type) {

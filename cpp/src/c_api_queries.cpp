@@ -23,9 +23,10 @@ using qn::c_api::fail;
 using qn::c_api::guarded;
 using qn::c_api::write_struct;
 
-static_assert(std::size(qn::kAllOps) == QN_LORA_GRADIENT + 1);
+static_assert(std::size(qn::kAllOps) == QN_GROUPED_MATMUL_4BIT_TRANSPOSED + 1);
 static_assert(static_cast<int32_t>(qn::Op::kMatmul4bit) == QN_MATMUL_4BIT);
 static_assert(static_cast<int32_t>(qn::Op::kOptimizerStep) == QN_OPTIMIZER_STEP);
+static_assert(static_cast<int32_t>(qn::Op::kGroupedMatmul4bit) == QN_GROUPED_MATMUL_4BIT);
 static_assert(static_cast<int32_t>(qn::QuantType::kCustom) == QN_CUSTOM);
 static_assert(static_cast<int32_t>(qn::DType::kBFloat16) == QN_BFLOAT16);
 static_assert(static_cast<int32_t>(qn::DeviceType::kCuda) == QN_CUDA);

@@ -1,20 +1,10 @@
 #include "qlora_native/matmul.h"
 
 #include "dispatch.h"
+#include "matmul_plan.h"
 #include "validate.h"
 
 namespace qlora_native {
-namespace {
-
-bool is_empty(const MutableMatrixView& out) { return out.rows == 0 || out.cols == 0; }
-
-template <class Args>
-MatmulPlan make_plan(const Args& args, const MutableMatrixView& out) {
-  validate(args);
-  return is_empty(out) ? MatmulPlan{} : kernel_plan(args);
-}
-
-}  // namespace
 
 int64_t matmul_4bit_workspace_bytes(const MatmulArgs& args) {
   return matmul_4bit_plan(args).workspace_bytes;

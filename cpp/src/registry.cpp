@@ -86,6 +86,10 @@ const char* name(Op op) {
       return "lora_update";
     case Op::kLoraGradient:
       return "lora_gradient";
+    case Op::kGroupedMatmul4bit:
+      return "grouped_matmul_4bit";
+    case Op::kGroupedMatmul4bitTransposed:
+      return "grouped_matmul_4bit_transposed";
   }
   return "unknown";
 }
@@ -103,6 +107,8 @@ std::vector<KernelInfo> list_kernels() {
     append_kernels<LoraProjectArgs>(backend, &kernels);
     append_kernels<LoraUpdateArgs>(backend, &kernels);
     append_kernels<LoraGradientArgs>(backend, &kernels);
+    append_kernels<GroupedMatmulArgs>(backend, &kernels);
+    append_kernels<GroupedMatmulTransposedArgs>(backend, &kernels);
   }
   return kernels;
 }
@@ -143,6 +149,12 @@ void force_kernel(Op op, DeviceType device, const std::string& kernel_name) {
     case Op::kLoraGradient:
       names = names_of(backend.lora_gradient);
       break;
+    case Op::kGroupedMatmul4bit:
+      names = names_of(backend.grouped_matmul);
+      break;
+    case Op::kGroupedMatmul4bitTransposed:
+      names = names_of(backend.grouped_matmul_transposed);
+      break;
   }
   std::string known;
   for (const char* candidate : names) {
@@ -182,5 +194,9 @@ std::string selected_kernel(const GradientNormArgs& args) { return validated_sel
 std::string selected_kernel(const LoraProjectArgs& args) { return validated_selection(args); }
 std::string selected_kernel(const LoraUpdateArgs& args) { return validated_selection(args); }
 std::string selected_kernel(const LoraGradientArgs& args) { return validated_selection(args); }
+std::string selected_kernel(const GroupedMatmulArgs& args) { return validated_selection(args); }
+std::string selected_kernel(const GroupedMatmulTransposedArgs& args) {
+  return validated_selection(args);
+}
 
 }  // namespace qlora_native

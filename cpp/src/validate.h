@@ -5,6 +5,7 @@
 #include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/lora.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -15,6 +16,8 @@ void validate(const QuantizeArgs& args);
 void validate(const DequantizeArgs& args);
 void validate(const MatmulArgs& args);
 void validate(const MatmulTransposedArgs& args);
+void validate(const GroupedMatmulArgs& args);
+void validate(const GroupedMatmulTransposedArgs& args);
 void validate(const OptimizerStepArgs& args);
 void validate(const GradientNormArgs& args);
 void validate(const LoraProjectArgs& args);

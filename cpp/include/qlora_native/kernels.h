@@ -8,6 +8,7 @@
 #include "qlora_native/dequantize.h"
 #include "qlora_native/device.h"
 #include "qlora_native/export.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
@@ -24,14 +25,25 @@ enum class Op : int32_t {
   kGradientNorm,
   kLoraProject,
   kLoraUpdate,
-  kLoraGradient
+  kLoraGradient,
+  kGroupedMatmul4bit,
+  kGroupedMatmul4bitTransposed
 };
-inline constexpr Op kAllOps[] = {Op::kQuantize4bit,         Op::kDequantize4bit, Op::kMatmul4bit,
-                                 Op::kMatmul4bitTransposed, Op::kOptimizerStep,  Op::kGradientNorm,
-                                 Op::kLoraProject,          Op::kLoraUpdate,     Op::kLoraGradient};
+inline constexpr Op kAllOps[] = {Op::kQuantize4bit,
+                                 Op::kDequantize4bit,
+                                 Op::kMatmul4bit,
+                                 Op::kMatmul4bitTransposed,
+                                 Op::kOptimizerStep,
+                                 Op::kGradientNorm,
+                                 Op::kLoraProject,
+                                 Op::kLoraUpdate,
+                                 Op::kLoraGradient,
+                                 Op::kGroupedMatmul4bit,
+                                 Op::kGroupedMatmul4bitTransposed};
 
 /// "quantize_4bit", "dequantize_4bit", "matmul_4bit", "matmul_4bit_transposed", "optimizer_step",
-/// "gradient_norm", "lora_project", "lora_update", "lora_gradient".
+/// "gradient_norm", "lora_project", "lora_update", "lora_gradient", "grouped_matmul_4bit",
+/// "grouped_matmul_4bit_transposed".
 QN_API const char* name(Op op);
 
 struct KernelInfo {
@@ -58,8 +70,8 @@ QN_API std::string forced_kernel(Op op, DeviceType device);
 /// The kernel that the process's last call of `op` ran, "" before the first.
 QN_API std::string last_kernel(Op op);
 
-/// The kernel that the operation would run for these arguments. Reads no array.
-/// Throws as the operation does.
+/// The kernel that the operation would run for these arguments. Reads no array but, on a CPU, the
+/// ends of groups. Throws as the operation does.
 QN_API std::string selected_kernel(const QuantizeArgs& args);
 QN_API std::string selected_kernel(const DequantizeArgs& args);
 QN_API std::string selected_kernel(const MatmulArgs& args);
@@ -69,5 +81,7 @@ QN_API std::string selected_kernel(const GradientNormArgs& args);
 QN_API std::string selected_kernel(const LoraProjectArgs& args);
 QN_API std::string selected_kernel(const LoraUpdateArgs& args);
 QN_API std::string selected_kernel(const LoraGradientArgs& args);
+QN_API std::string selected_kernel(const GroupedMatmulArgs& args);
+QN_API std::string selected_kernel(const GroupedMatmulTransposedArgs& args);
 
 }  // namespace qlora_native

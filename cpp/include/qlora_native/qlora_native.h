@@ -8,6 +8,7 @@
 #include "qlora_native/dtype.h"
 #include "qlora_native/error.h"
 #include "qlora_native/export.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/kernels.h"
 #include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"

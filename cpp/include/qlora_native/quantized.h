@@ -59,4 +59,29 @@ struct MutableQuantizedView {
   constexpr int64_t numel() const { return rows * cols; }
 };
 
+/// `count` matrices of one shape and format, each quantized by itself: its own blocks, groups and
+/// offset. A stride says how far the same part of the next matrix is.
+struct QuantizedStackView {
+  QuantizedView first;  ///< matrix 0
+  int64_t count = 0;
+  int64_t packed_stride = 0;   ///< in bytes, at least packed_bytes(rows * cols)
+  int64_t absmax_stride = 0;   ///< in scales, fp32 or codes
+  int64_t absmax2_stride = 0;  ///< in floats; with double quantization only, as the next
+  int64_t offset_stride = 0;   ///< in floats
+
+  /// Matrix `index`; `first` need not be there when there is none.
+  constexpr QuantizedView operator[](int64_t index) const {
+    QuantizedView matrix = first;
+    matrix.packed += index * packed_stride;
+    if (first.absmax.is_double_quantized()) {
+      matrix.absmax.codes += index * absmax_stride;
+      matrix.absmax.absmax2 += index * absmax2_stride;
+      matrix.absmax.offset += index * offset_stride;
+    } else {
+      matrix.absmax.values += index * absmax_stride;
+    }
+    return matrix;
+  }
+};
+
 }  // namespace qlora_native

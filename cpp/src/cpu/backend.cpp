@@ -1,6 +1,8 @@
 // The CPU backend: its kernels, in the order in which they are tried, and its one device.
 #include "backend.h"
 
+#include <type_traits>
+
 #include "cpu/cpu_features.h"
 #include "cpu/float_environment.h"
 #include "cpu/kernels.h"
@@ -140,6 +142,104 @@ constexpr KernelEntry<Args> amx_entry(const char* name) {
 }
 #endif
 
+// ---- products of groups: the kernel of each group is chosen by its own rows ----
+
+template <class Grouped>
+using ProductArgs = std::conditional_t<std::is_same_v<Grouped, GroupedMatmulArgs>, MatmulArgs,
+                                       MatmulTransposedArgs>;
+
+template <class Grouped, ChooseProductFn<ProductArgs<Grouped>> kChoose>
+void grouped(const Grouped& args, Workspace workspace, Stream) {
+  const DefaultFloatScope float_scope;
+  run_grouped(args, workspace, kChoose);
+}
+
+template <class Grouped, ChooseProductFn<ProductArgs<Grouped>> kChoose>
+int64_t grouped_bytes(const Grouped& args) {
+  return grouped_workspace_bytes(args, kChoose);
+}
+
+template <class Grouped, ChooseProductFn<ProductArgs<Grouped>> kChoose>
+constexpr KernelEntry<Grouped> grouped_entry(const char* name,
+                                             bool (*usable)(Device, std::string*)) {
+  return {.name = name,
+          .usable = usable,
+          .workspace_bytes = grouped_bytes<Grouped, kChoose>,
+          .run = grouped<Grouped, kChoose>,
+          .dense_is_faster = true};
+}
+
+template <class Args, void (*kRun)(const Args&, Workspace)>
+ProductKernel<Args> always(const Args&) {
+  return {.run = kRun};
+}
+
+#if defined(QN_CPU_X86)
+template <class Args, ProductFn<Args> kGemv>
+ProductKernel<Args> gemv_only(const Args&) {
+  return {kGemv, product_workspace_bytes, product_workspace_bytes};
+}
+
+template <class Args, ProductFn<Args> kGemv, ProductFn<Args> kGemm>
+ProductKernel<Args> gemv_or_gemm(const Args& args) {
+  std::string why_not;
+  const bool is_few = gemv_preferred(args) && gemv_supports(args, &why_not);
+  return {is_few ? kGemv : kGemm, product_workspace_bytes, product_workspace_bytes};
+}
+
+bool gemv_supports(const GroupedMatmulArgs& args, std::string* why_not) {
+  return rows_hold_whole_blocks(args.weights.first, why_not);
+}
+bool gemv_supports(const GroupedMatmulTransposedArgs& args, std::string* why_not) {
+  return rows_hold_whole_blocks(args.weights.first, why_not);
+}
+
+/// Where every group has few rows; else some are better multiplied otherwise.
+template <class Grouped>
+bool grouped_gemv_preferred(const Grouped& args) {
+  return largest_group(args.ends) <= kGemvMaxRows;
+}
+
+template <class Grouped, ProductFn<ProductArgs<Grouped>> kGemv>
+constexpr KernelEntry<Grouped> grouped_gemv_entry(const char* name, UsableFn usable) {
+  KernelEntry<Grouped> entry =
+      grouped_entry<Grouped, gemv_only<ProductArgs<Grouped>, kGemv>>(name, usable);
+  entry.supports = gemv_supports;
+  entry.prefers = grouped_gemv_preferred;
+  entry.dense_is_faster = false;
+  return entry;
+}
+#endif
+
+#if defined(QN_CPU_AMX)
+template <class Args, ProductFn<Args> kGemv, ProductFn<Args> kAmx>
+ProductKernel<Args> gemv_or_amx(const Args& args) {
+  if (amx_preferred(args)) return {kAmx, gemm_amx_workspace_bytes, gemm_amx_least_workspace_bytes};
+  return {kGemv, product_workspace_bytes, product_workspace_bytes};
+}
+
+bool bf16_supports(const GroupedMatmulArgs& args, std::string* why_not) {
+  return is_bfloat16(args.x.dtype, why_not);
+}
+bool bf16_supports(const GroupedMatmulTransposedArgs& args, std::string* why_not) {
+  return is_bfloat16(args.dy.dtype, why_not);
+}
+
+template <class Grouped>
+bool grouped_amx_preferred(const Grouped& args) {
+  return amx_preferred(args.weights.first, largest_group(args.ends));
+}
+
+template <class Grouped, ChooseProductFn<ProductArgs<Grouped>> kChoose>
+constexpr KernelEntry<Grouped> grouped_amx_entry(const char* name) {
+  KernelEntry<Grouped> entry = grouped_entry<Grouped, kChoose>(name, amx_usable);
+  entry.supports = bf16_supports;
+  entry.prefers = grouped_amx_preferred;
+  entry.dense_is_faster = false;
+  return entry;
+}
+#endif
+
 constexpr KernelEntry<QuantizeArgs> kQuantize[] = {
 #if defined(QN_CPU_X86)
     {.name = "avx512",
@@ -195,6 +295,44 @@ constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposed[] = {
      .usable = always_usable,
      .run = product<MatmulTransposedArgs, matmul_transposed_scalar>,
      .dense_is_faster = true},
+};
+
+constexpr KernelEntry<GroupedMatmulArgs> kGroupedMatmul[] = {
+#if defined(QN_CPU_AMX)
+    grouped_amx_entry<GroupedMatmulArgs, gemv_or_amx<MatmulArgs, gemv_avx512, gemm_amx>>(
+        "gemm_amx"),
+#endif
+#if defined(QN_CPU_X86)
+    grouped_gemv_entry<GroupedMatmulArgs, gemv_avx512>("gemv_avx512", avx512_usable),
+    grouped_entry<GroupedMatmulArgs, gemv_or_gemm<MatmulArgs, gemv_avx512, gemm_avx512>>(
+        "gemm_avx512", avx512_usable),
+    grouped_gemv_entry<GroupedMatmulArgs, gemv_avx2>("gemv_avx2", avx2_usable),
+    grouped_entry<GroupedMatmulArgs, gemv_or_gemm<MatmulArgs, gemv_avx2, gemm_avx2>>("gemm_avx2",
+                                                                                     avx2_usable),
+#endif
+    grouped_entry<GroupedMatmulArgs, always<MatmulArgs, matmul_scalar>>("scalar", always_usable),
+};
+
+constexpr KernelEntry<GroupedMatmulTransposedArgs> kGroupedMatmulTransposed[] = {
+#if defined(QN_CPU_AMX)
+    grouped_amx_entry<
+        GroupedMatmulTransposedArgs,
+        gemv_or_amx<MatmulTransposedArgs, gemv_transposed_avx512, gemm_transposed_amx>>("gemm_amx"),
+#endif
+#if defined(QN_CPU_X86)
+    grouped_gemv_entry<GroupedMatmulTransposedArgs, gemv_transposed_avx512>("gemv_avx512",
+                                                                            avx512_usable),
+    grouped_entry<
+        GroupedMatmulTransposedArgs,
+        gemv_or_gemm<MatmulTransposedArgs, gemv_transposed_avx512, gemm_transposed_avx512>>(
+        "gemm_avx512", avx512_usable),
+    grouped_gemv_entry<GroupedMatmulTransposedArgs, gemv_transposed_avx2>("gemv_avx2", avx2_usable),
+    grouped_entry<GroupedMatmulTransposedArgs,
+                  gemv_or_gemm<MatmulTransposedArgs, gemv_transposed_avx2, gemm_transposed_avx2>>(
+        "gemm_avx2", avx2_usable),
+#endif
+    grouped_entry<GroupedMatmulTransposedArgs,
+                  always<MatmulTransposedArgs, matmul_transposed_scalar>>("scalar", always_usable),
 };
 
 constexpr KernelEntry<OptimizerStepArgs> kOptimizerStep[] = {
@@ -263,6 +401,8 @@ const Backend& backend() {
       .lora_project = kLoraProject,
       .lora_update = kLoraUpdate,
       .lora_gradient = kLoraGradient,
+      .grouped_matmul = kGroupedMatmul,
+      .grouped_matmul_transposed = kGroupedMatmulTransposed,
       .list_devices = list_devices,
       .unavailable_reason = [] { return std::string(); },
   };

@@ -50,6 +50,7 @@ struct Plan {
   int64_t sums_elems() const { return panel_columns * pass_groups * kGroup; }
   int64_t part_bytes() const { return panel_elems() * 2 + (sums_elems() + scales) * 4; }
   int64_t workspace_bytes() const { return a_elems() * 2 + parts * part_bytes(); }
+  int64_t least_workspace_bytes() const { return a_elems() * 2 + part_bytes(); }
 };
 
 /// Four panels for each thread even out what the threads get done, if that leaves at least `least`
@@ -331,6 +332,13 @@ void multiply(const Args& args, Workspace workspace, const uint16_t* a, Plan pla
 int64_t gemm_amx_workspace_bytes(const MatmulArgs& args) { return plan_of(args).workspace_bytes(); }
 int64_t gemm_amx_workspace_bytes(const MatmulTransposedArgs& args) {
   return plan_of(args).workspace_bytes();
+}
+
+int64_t gemm_amx_least_workspace_bytes(const MatmulArgs& args) {
+  return plan_of(args).least_workspace_bytes();
+}
+int64_t gemm_amx_least_workspace_bytes(const MatmulTransposedArgs& args) {
+  return plan_of(args).least_workspace_bytes();
 }
 
 void gemm_amx(const MatmulArgs& args, Workspace workspace) {

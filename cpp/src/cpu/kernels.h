@@ -7,6 +7,7 @@
 
 #include "optimizer_math.h"
 #include "qlora_native/dequantize.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
@@ -113,8 +114,37 @@ void gemm_transposed_avx512(const MatmulTransposedArgs& args, Workspace workspac
 
 int64_t gemm_amx_workspace_bytes(const MatmulArgs& args);
 int64_t gemm_amx_workspace_bytes(const MatmulTransposedArgs& args);
+/// With no less it runs, on a single thread.
+int64_t gemm_amx_least_workspace_bytes(const MatmulArgs& args);
+int64_t gemm_amx_least_workspace_bytes(const MatmulTransposedArgs& args);
 
 void gemm_amx(const MatmulArgs& args, Workspace workspace);
 void gemm_transposed_amx(const MatmulTransposedArgs& args, Workspace workspace);
+
+// ---- grouped matmul: products with one matrix, many at a time ----
+
+/// How the rows of a group are multiplied.
+template <class Args>
+struct ProductKernel {
+  void (*run)(const Args& args, Workspace workspace);
+  int64_t (*workspace_bytes)(const Args& args) = nullptr;        ///< null: none
+  int64_t (*least_workspace_bytes)(const Args& args) = nullptr;  ///< for a single thread
+};
+
+template <class Args>
+using ChooseProductFn = ProductKernel<Args> (*)(const Args& args);
+
+/// The rows of the group that has most.
+int64_t largest_group(const GroupEnds& ends);
+
+int64_t grouped_workspace_bytes(const GroupedMatmulArgs& args, ChooseProductFn<MatmulArgs> choose);
+int64_t grouped_workspace_bytes(const GroupedMatmulTransposedArgs& args,
+                                ChooseProductFn<MatmulTransposedArgs> choose);
+
+/// `choose` says how each group is multiplied.
+void run_grouped(const GroupedMatmulArgs& args, Workspace workspace,
+                 ChooseProductFn<MatmulArgs> choose);
+void run_grouped(const GroupedMatmulTransposedArgs& args, Workspace workspace,
+                 ChooseProductFn<MatmulTransposedArgs> choose);
 
 }  // namespace qlora_native::cpu

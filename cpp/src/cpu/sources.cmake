@@ -6,6 +6,7 @@ set(QLORA_NATIVE_CPU_SOURCES
   cpp/src/cpu/double_quantize.cpp
   cpp/src/cpu/gradient_norm.cpp
   cpp/src/cpu/lora.cpp
+  cpp/src/cpu/grouped_matmul.cpp
   cpp/src/cpu/matmul.cpp
   cpp/src/cpu/matmul_scalar.cpp
   cpp/src/cpu/memory.cpp

@@ -22,6 +22,8 @@ const Backend& backend() {
       .lora_project = {},
       .lora_update = {},
       .lora_gradient = {},
+      .grouped_matmul = {},
+      .grouped_matmul_transposed = {},
       .list_devices = [] { return std::vector<DeviceInfo>{}; },
       .unavailable_reason = missing,
   };
