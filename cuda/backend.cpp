@@ -68,6 +68,36 @@ bool supports_transposed_and(const MatmulTransposedArgs& args, std::string* why_
   return supports_matmul_transposed(args, why_not) && kSupports(args, why_not);
 }
 
+bool supports_ends(const GroupEnds& ends, std::string* why_not) {
+  const int64_t bytes = ends.type == IndexType::kInt32 ? sizeof(int32_t) : sizeof(int64_t);
+  return has_natural_alignment("the array of ends of groups", ends.data, bytes, why_not);
+}
+
+bool supports_grouped(const GroupedMatmulArgs& args, std::string* why_not) {
+  const int64_t bytes = size_bytes(args.x.dtype);
+  return has_natural_alignment("x", args.x.data, bytes, why_not) &&
+         has_natural_alignment("y", args.y.data, bytes, why_not) &&
+         has_natural_alignment("the bias", args.bias.data, bytes, why_not) &&
+         supports_ends(args.ends, why_not) &&
+         scales_are_aligned(args.weights.first.absmax, why_not);
+}
+
+bool supports_grouped_transposed(const GroupedMatmulTransposedArgs& args, std::string* why_not) {
+  const int64_t bytes = size_bytes(args.dy.dtype);
+  return has_natural_alignment("dy", args.dy.data, bytes, why_not) &&
+         has_natural_alignment("dx", args.dx.data, bytes, why_not) &&
+         supports_ends(args.ends, why_not) &&
+         scales_are_aligned(args.weights.first.absmax, why_not);
+}
+
+bool supports_all_of_mma(const GroupedMatmulArgs& args, std::string* why_not) {
+  return supports_grouped(args, why_not) && supports_grouped_mma(args, why_not);
+}
+bool supports_all_of_mma(const GroupedMatmulTransposedArgs& args, std::string* why_not) {
+  return supports_grouped_transposed(args, why_not) &&
+         supports_grouped_transposed_mma(args, why_not);
+}
+
 bool are_elements_aligned(const OptimizerTensor& tensor) {
   const size_t state_bytes = tensor.state_format == StateFormat::kFloat32 ? sizeof(float) : 1;
   const auto is_float_aligned = [](const void* data) { return is_aligned(data, sizeof(float)); };
@@ -175,6 +205,25 @@ constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposedKernels[] = {
      .dense_is_faster = true},
 };
 
+constexpr KernelEntry<GroupedMatmulArgs> kGroupedMatmulKernels[] = {
+    {.name = "mma",
+     .usable = is_usable,
+     .supports = supports_all_of_mma,
+     .run = grouped_matmul_mma},
+    {.name = "simt", .usable = is_usable, .supports = supports_grouped, .run = grouped_matmul_simt},
+};
+
+constexpr KernelEntry<GroupedMatmulTransposedArgs> kGroupedMatmulTransposedKernels[] = {
+    {.name = "mma",
+     .usable = is_usable,
+     .supports = supports_all_of_mma,
+     .run = grouped_matmul_transposed_mma},
+    {.name = "simt",
+     .usable = is_usable,
+     .supports = supports_grouped_transposed,
+     .run = grouped_matmul_transposed_simt},
+};
+
 constexpr KernelEntry<OptimizerStepArgs> kOptimizerStepKernels[] = {
     {.name = "simt",
      .usable = is_usable,
@@ -244,6 +293,8 @@ const Backend& backend() {
       .lora_project = kLoraProjectKernels,
       .lora_update = kLoraUpdateKernels,
       .lora_gradient = kLoraGradientKernels,
+      .grouped_matmul = kGroupedMatmulKernels,
+      .grouped_matmul_transposed = kGroupedMatmulTransposedKernels,
       .list_devices = list_devices,
       .unavailable_reason = unavailable_reason,
   };

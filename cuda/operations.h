@@ -7,6 +7,7 @@
 #include <string>
 
 #include "qlora_native/dequantize.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
@@ -45,6 +46,17 @@ void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace workspace
 
 void gemm_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_simt(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
+
+// The products of groups, in one launch each.
+bool supports_grouped_mma(const GroupedMatmulArgs& args, std::string* why_not);
+bool supports_grouped_transposed_mma(const GroupedMatmulTransposedArgs& args, std::string* why_not);
+void grouped_matmul_mma(const GroupedMatmulArgs& args, Workspace workspace, Stream stream);
+void grouped_matmul_transposed_mma(const GroupedMatmulTransposedArgs& args, Workspace workspace,
+                                   Stream stream);
+
+void grouped_matmul_simt(const GroupedMatmulArgs& args, Workspace workspace, Stream stream);
+void grouped_matmul_transposed_simt(const GroupedMatmulTransposedArgs& args, Workspace workspace,
+                                    Stream stream);
 
 int64_t optimizer_step_simt_workspace_bytes(const OptimizerStepArgs& args);
 void optimizer_step_simt(const OptimizerStepArgs& args, Workspace workspace, Stream stream);

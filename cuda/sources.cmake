@@ -12,6 +12,9 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/gemv/gemv_simt.cu
   cuda/gemv/heuristics.cpp
   cuda/gradient_norm.cu
+  cuda/grouped/grouped_matmul_mma.cu
+  cuda/grouped/grouped_matmul_simt.cu
+  cuda/grouped/plan.cpp
   cuda/host/cluster_occupancy.cu
   cuda/host/compiled_architecture.cu
   cuda/host/device_info.cpp

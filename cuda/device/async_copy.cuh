@@ -10,19 +10,27 @@ namespace qlora_native::cuda {
 
 /// Starts a copy of 16 bytes to shared memory, past the L1 cache. Both addresses are 16-byte
 /// aligned.
+__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(source) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_16(void* shared, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
-               "l"(source)
+  copy_async_16(shared_address(shared), source);
+}
+
+/// The same, of which only the first `bytes` are read; zeros follow. `source` is a valid address even
+/// for none.
+__device__ __forceinline__ void copy_async_up_to_16(uint32_t shared, const void* source,
+                                                    int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source),
+               "r"(bytes)
                : "memory");
 }
 
-/// The same to an address of shared memory; writes zeros and reads nothing unless
-/// `source_exists`. `source` is a valid address all the same.
+/// The same; writes zeros and reads nothing unless `source_exists`.
 __device__ __forceinline__ void copy_async_16_or_zeros(uint32_t shared, const void* source,
                                                        bool source_exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source),
-               "r"(source_exists ? 16 : 0)
-               : "memory");
+  copy_async_up_to_16(shared, source, source_exists ? 16 : 0);
 }
 
 /// Closes a group of the thread's copies.
