@@ -14,6 +14,7 @@
 #include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/error.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/quantize.h"
 
@@ -87,6 +88,47 @@ qn::MatmulTransposedArgs matmul_transposed_args(const qn::MutableQuantizedView& 
           .dx = {pointer(dx), m, weight.cols, weight.cols, type, weight.device}};
 }
 
+/// Matrices of the shape and format of `first`; strides in elements of a part.
+qn::QuantizedStackView stack_view(const qn::MutableQuantizedView& first, int64_t count,
+                                  int64_t packed_stride, int64_t absmax_stride,
+                                  int64_t absmax2_stride, int64_t offset_stride) {
+  return {.first = read_only(first),
+          .count = count,
+          .packed_stride = packed_stride,
+          .absmax_stride = absmax_stride,
+          .absmax2_stride = absmax2_stride,
+          .offset_stride = offset_stride};
+}
+
+qn::GroupEnds group_ends(const qn::QuantizedStackView& weights, uintptr_t ends, int index_bytes) {
+  return {pointer(ends), weights.count,
+          index_bytes == 4 ? qn::IndexType::kInt32 : qn::IndexType::kInt64, weights.first.device};
+}
+
+qn::GroupedMatmulArgs grouped_args(const qn::QuantizedStackView& weights, uintptr_t x, int64_t m,
+                                   int64_t row_stride, int dtype, uintptr_t ends, int index_bytes,
+                                   uintptr_t bias, uintptr_t y) {
+  const auto type = static_cast<qn::DType>(dtype);
+  const qn::QuantizedView& w = weights.first;
+  return {.x = {pointer(x), m, w.cols, row_stride, type, w.device},
+          .ends = group_ends(weights, ends, index_bytes),
+          .weights = weights,
+          .bias = {pointer(bias), weights.count, w.rows, w.rows, type, w.device},
+          .y = {pointer(y), m, w.rows, w.rows, type, w.device}};
+}
+
+qn::GroupedMatmulTransposedArgs grouped_transposed_args(const qn::QuantizedStackView& weights,
+                                                        uintptr_t dy, int64_t m, int64_t row_stride,
+                                                        int dtype, uintptr_t ends, int index_bytes,
+                                                        uintptr_t dx) {
+  const auto type = static_cast<qn::DType>(dtype);
+  const qn::QuantizedView& w = weights.first;
+  return {.dy = {pointer(dy), m, w.rows, row_stride, type, w.device},
+          .ends = group_ends(weights, ends, index_bytes),
+          .weights = weights,
+          .dx = {pointer(dx), m, w.cols, w.cols, type, w.device}};
+}
+
 void bind_codebooks(nb::module_& m) {
   nb::class_<qn::Codebook>(m, "Codebook", "One 4-bit code: its values and decision points.")
       .def_prop_ro("quant_type",
@@ -100,6 +142,57 @@ void bind_codebooks(nb::module_& m) {
   m.def("unsigned_dynamic_map", [] { return std::to_array(qn::kUnsignedDynamicMap.values); });
   m.def("is_valid_block_size", &qn::is_valid_block_size, "block_size"_a);
   m.attr("GROUP_SIZE") = qn::kGroupSize;
+}
+
+void bind_grouped(nb::module_& m) {
+  using Stack = qn::QuantizedStackView;
+  const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
+
+  nb::class_<Stack>(m, "WeightStackView", "Addresses of the parts of many weights, for one call.")
+      .def_static("make", &stack_view, nb::kw_only(), "first"_a, "count"_a, "packed_stride"_a,
+                  "absmax_stride"_a, "absmax2_stride"_a, "offset_stride"_a);
+
+  m.def(
+      "grouped_matmul_4bit_plan",
+      [](const Stack& weights, uintptr_t x, int64_t m, int64_t row_stride, int dtype,
+         uintptr_t ends, int index_bytes, uintptr_t bias, uintptr_t y) {
+        return plan_code(qn::grouped_matmul_4bit_plan(
+            grouped_args(weights, x, m, row_stride, dtype, ends, index_bytes, bias, y)));
+      },
+      "weights"_a, nb::kw_only(), "x"_a, "m"_a, "row_stride"_a, "dtype"_a, "ends"_a,
+      "index_bytes"_a, "bias"_a, "y"_a);
+  m.def(
+      "grouped_matmul_4bit",
+      [](const Stack& weights, uintptr_t x, int64_t m, int64_t row_stride, int dtype,
+         uintptr_t ends, int index_bytes, uintptr_t bias, uintptr_t y, uintptr_t workspace,
+         int64_t workspace_bytes, uintptr_t stream) {
+        qn::grouped_matmul_4bit(
+            grouped_args(weights, x, m, row_stride, dtype, ends, index_bytes, bias, y),
+            workspace_of(workspace, workspace_bytes), stream_of(stream));
+      },
+      "weights"_a, nb::kw_only(), "x"_a, "m"_a, "row_stride"_a, "dtype"_a, "ends"_a,
+      "index_bytes"_a, "bias"_a, "y"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a, no_gil);
+
+  m.def(
+      "grouped_matmul_4bit_transposed_plan",
+      [](const Stack& weights, uintptr_t dy, int64_t m, int64_t row_stride, int dtype,
+         uintptr_t ends, int index_bytes, uintptr_t dx) {
+        return plan_code(qn::grouped_matmul_4bit_transposed_plan(
+            grouped_transposed_args(weights, dy, m, row_stride, dtype, ends, index_bytes, dx)));
+      },
+      "weights"_a, nb::kw_only(), "dy"_a, "m"_a, "row_stride"_a, "dtype"_a, "ends"_a,
+      "index_bytes"_a, "dx"_a);
+  m.def(
+      "grouped_matmul_4bit_transposed",
+      [](const Stack& weights, uintptr_t dy, int64_t m, int64_t row_stride, int dtype,
+         uintptr_t ends, int index_bytes, uintptr_t dx, uintptr_t workspace,
+         int64_t workspace_bytes, uintptr_t stream) {
+        qn::grouped_matmul_4bit_transposed(
+            grouped_transposed_args(weights, dy, m, row_stride, dtype, ends, index_bytes, dx),
+            workspace_of(workspace, workspace_bytes), stream_of(stream));
+      },
+      "weights"_a, nb::kw_only(), "dy"_a, "m"_a, "row_stride"_a, "dtype"_a, "ends"_a,
+      "index_bytes"_a, "dx"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a, no_gil);
 }
 
 }  // namespace
@@ -178,4 +271,5 @@ void bind_ops(nb::module_& m) {
       },
       "weight"_a, nb::kw_only(), "dy"_a, "m"_a, "row_stride"_a, "dtype"_a, "dx"_a, "workspace"_a,
       "workspace_bytes"_a, "stream"_a, no_gil);
+  bind_grouped(m);
 }

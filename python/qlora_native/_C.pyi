@@ -156,6 +156,73 @@ def matmul_4bit_transposed(
     stream: int,
 ) -> None: ...
 
+class WeightStackView:
+    """Addresses of the parts of many weights, for one call."""
+
+    @staticmethod
+    def make(
+        *,
+        first: WeightView,
+        count: int,
+        packed_stride: int,
+        absmax_stride: int,
+        absmax2_stride: int,
+        offset_stride: int,
+    ) -> WeightStackView: ...
+
+def grouped_matmul_4bit_plan(
+    weights: WeightStackView,
+    *,
+    x: int,
+    m: int,
+    row_stride: int,
+    dtype: int,
+    ends: int,
+    index_bytes: int,
+    bias: int,
+    y: int,
+) -> int: ...
+def grouped_matmul_4bit(
+    weights: WeightStackView,
+    *,
+    x: int,
+    m: int,
+    row_stride: int,
+    dtype: int,
+    ends: int,
+    index_bytes: int,
+    bias: int,
+    y: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
+def grouped_matmul_4bit_transposed_plan(
+    weights: WeightStackView,
+    *,
+    dy: int,
+    m: int,
+    row_stride: int,
+    dtype: int,
+    ends: int,
+    index_bytes: int,
+    dx: int,
+) -> int: ...
+def grouped_matmul_4bit_transposed(
+    weights: WeightStackView,
+    *,
+    dy: int,
+    m: int,
+    row_stride: int,
+    dtype: int,
+    ends: int,
+    index_bytes: int,
+    dx: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
+
 class EagerOps:
     """
     Operations around torch's dispatcher. None: the call has to go through it.

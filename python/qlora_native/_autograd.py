@@ -7,6 +7,7 @@ hold the bare operator: an exported program must train, or at least not be silen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,20 +57,29 @@ class Linear4bitDx(torch.autograd.Function):
 
 
 class GroupedLinear4bit(torch.autograd.Function):
-    """Y = X W_e^T, for the rows of every group e."""
+    """Y = X W_e^T + bias_e, for the rows of every group e."""
 
     @staticmethod
-    def forward(x: torch.Tensor, group_ends: torch.Tensor, *weight: Any) -> torch.Tensor:
-        return _ops.grouped_linear_4bit(x, group_ends, *weight)
+    def forward(
+        x: torch.Tensor, group_ends: torch.Tensor, bias: torch.Tensor | None, *weight: Any
+    ) -> torch.Tensor:
+        return _eager.grouped_linear_4bit(x, group_ends, bias, *weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _save_groups(ctx, inputs)
+        _, group_ends, bias, *weight = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        _save_groups(ctx, group_ends, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        weight = _saved_weight(ctx)
-        return (_ops.grouped_linear_4bit_dx(dy, *weight), *(None for _ in weight))
+        group_ends, *weight = _saved_weight(ctx)
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _eager.grouped_linear_4bit_dx(dy, group_ends, *weight)
+        if ctx.needs_input_grad[2]:
+            dbias = _sum_by_group(dy, group_ends).to(ctx.bias_dtype)
+        return (dx, None, dbias, *(None for _ in weight))
 
 
 class GroupedLinear4bitDx(torch.autograd.Function):
@@ -77,21 +87,32 @@ class GroupedLinear4bitDx(torch.autograd.Function):
 
     @staticmethod
     def forward(dy: torch.Tensor, group_ends: torch.Tensor, *weight: Any) -> torch.Tensor:
-        return _ops.grouped_linear_4bit_dx(dy, group_ends, *weight)
+        return _eager.grouped_linear_4bit_dx(dy, group_ends, *weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _save_groups(ctx, inputs)
+        _, group_ends, *weight = inputs
+        _save_groups(ctx, group_ends, weight)
 
     @staticmethod
     def backward(ctx: Any, ddx: torch.Tensor) -> tuple[Any, ...]:
-        weight = _saved_weight(ctx)
-        return (_ops.grouped_linear_4bit(ddx, *weight), *(None for _ in weight))
+        group_ends, *weight = _saved_weight(ctx)
+        ddy = _eager.grouped_linear_4bit(ddx, group_ends, None, *weight)
+        return (ddy, None, *(None for _ in weight))
 
 
-def _save_groups(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    ctx.save_for_backward(*inputs[1:6])
-    ctx.weight_format = inputs[6:]
+def _save_groups(ctx: Any, group_ends: torch.Tensor, weight: Sequence[Any]) -> None:
+    ctx.save_for_backward(group_ends, *weight[:4])
+    ctx.weight_format = weight[4:]
+
+
+def _sum_by_group(dy: torch.Tensor, group_ends: torch.Tensor) -> torch.Tensor:
+    """The sums over the rows of every group in fp32, always added in the same order."""
+    rows = torch.arange(dy.shape[0], dtype=group_ends.dtype, device=dy.device)
+    group = torch.searchsorted(group_ends, rows, right=True)
+    # The last of the sums is that of the rows of no group.
+    sums = dy.new_zeros(group_ends.shape[0] + 1, dy.shape[1], dtype=torch.float32)
+    return sums.index_put((group,), dy.float(), accumulate=True)[:-1]
 
 
 def _save_weight(ctx: Any, weight: tuple[Any, ...]) -> None:
@@ -132,20 +153,22 @@ def _linear_4bit_dx_autograd(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
         return _ops.linear_4bit_dx(dy, *weight)
 
 
-def grouped_linear_4bit(x: torch.Tensor, group_ends: torch.Tensor, *weight: Any) -> torch.Tensor:
-    """The operator, differentiable in `x`."""
-    if needs_grad(x):
-        return GroupedLinear4bit.apply(x, group_ends, *weight)
-    return _ops.grouped_linear_4bit(x, group_ends, *weight)
+def grouped_linear_4bit(
+    x: torch.Tensor, group_ends: torch.Tensor, bias: torch.Tensor | None, *weight: Any
+) -> torch.Tensor:
+    """The operator, differentiable in `x` and `bias`."""
+    if needs_grad(x, bias):
+        return GroupedLinear4bit.apply(x, group_ends, bias, *weight)
+    return _eager.grouped_linear_4bit(x, group_ends, bias, *weight)
 
 
 def _grouped_linear_4bit_autograd(
-    x: torch.Tensor, group_ends: torch.Tensor, *weight: Any
+    x: torch.Tensor, group_ends: torch.Tensor, bias: torch.Tensor | None, *weight: Any
 ) -> torch.Tensor:
-    if needs_grad(x):
-        return GroupedLinear4bit.apply(x, group_ends, *weight)
+    if needs_grad(x, bias):
+        return GroupedLinear4bit.apply(x, group_ends, bias, *weight)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.grouped_linear_4bit(x, group_ends, *weight)
+        return _ops.grouped_linear_4bit(x, group_ends, bias, *weight)
 
 
 def _grouped_linear_4bit_dx_autograd(

@@ -147,19 +147,33 @@ def check_stack(
 def check_groups(
     what: str, x: torch.Tensor, group_ends: torch.Tensor, shape: Sequence[int], features: str
 ) -> None:
-    """Raise unless `x` is [S, features] and `group_ends` has an int64 for each matrix."""
+    """Raise unless `x` is [S, features] and `group_ends` has an integer for each matrix."""
     if x.dim() != 2:
         raise ValueError(f"{what} has shape {tuple(x.shape)}, expected rows sorted by group")
-    if group_ends.dtype != torch.int64 or group_ends.shape != (shape[0],):
+    if group_ends.dtype not in (torch.int32, torch.int64) or group_ends.shape != (shape[0],):
         raise ValueError(
             f"group_ends is {tuple(group_ends.shape)} {group_ends.dtype}, expected ({shape[0]},) "
-            "torch.int64"
+            "torch.int32 or torch.int64"
         )
+    if group_ends.device != x.device:
+        raise ValueError(f"group_ends is on {group_ends.device}, {what} on {x.device}")
     if x.shape[1] != shape[2 if features == "in" else 1]:
         raise ValueError(
             f"{what} has shape {tuple(x.shape)}, but the weights are {tuple(shape)} "
             "[matrices, out_features, in_features]"
         )
+
+
+def check_group_bias(bias: torch.Tensor | None, x: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raise unless `bias` has a row for each matrix of a stack of `shape`, applied to `x`."""
+    if bias is None:
+        return
+    if bias.shape != (shape[0], shape[1]):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({shape[0]}, {shape[1]})")
+    if bias.dtype != x.dtype:
+        raise TypeError(f"bias is {bias.dtype}, x is {x.dtype}")
+    if bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device}, x on {x.device}")
 
 
 def check_activation(

@@ -111,6 +111,26 @@ def linear_4bit_dx(dy: torch.Tensor, *weight: Any) -> torch.Tensor:
     return _ops.linear_4bit_dx(dy, *weight)
 
 
+def grouped_linear_4bit(
+    x: torch.Tensor, group_ends: torch.Tensor, bias: torch.Tensor | None, *weight: Any
+) -> torch.Tensor:
+    """The operator `grouped_linear_4bit`."""
+    arguments = (x, group_ends, bias, *weight)
+    if not is_traced() and is_plain(*arguments[:7]) and not needs_grad(x, bias):
+        return _library.grouped_linear_4bit(*arguments)
+    return _ops.grouped_linear_4bit(*arguments)
+
+
+def grouped_linear_4bit_dx(
+    dy: torch.Tensor, group_ends: torch.Tensor, *weight: Any
+) -> torch.Tensor:
+    """The operator `grouped_linear_4bit_dx`."""
+    arguments = (dy, group_ends, *weight)
+    if not is_traced() and is_plain(*arguments[:6]) and not needs_grad(dy):
+        return _library.grouped_linear_4bit_dx(*arguments)
+    return _ops.grouped_linear_4bit_dx(*arguments)
+
+
 def dequantize_4bit(*arguments: Any) -> torch.Tensor:
     """The operator `dequantize_4bit`."""
     if not is_traced():

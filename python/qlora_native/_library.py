@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from qlora_native import _C, _checks, _threads
-from qlora_native._weight import Weight, address, device_code, stream_and_threads
+from qlora_native._weight import Weight, WeightStack, address, device_code, stream_and_threads
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
@@ -187,7 +187,10 @@ def product(
 
 
 def _ran_our_product(
-    plan: Callable[..., int], run: Callable[..., None], weight: Weight, arguments: dict[str, int]
+    plan: Callable[..., int],
+    run: Callable[..., None],
+    weight: Weight | WeightStack,
+    arguments: dict[str, int],
 ) -> bool:
     """Run the core's kernel and return True; return False where a dense product is faster."""
     stream = stream_and_threads(weight.device)
@@ -266,54 +269,78 @@ def _linear_4bit_dx_fake(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
     return dy.new_empty(*dy.shape[:-1], shape[1])
 
 
-def _group_weights(
-    group_ends: torch.Tensor, rows: int, parts: Sequence[Any]
-) -> Iterator[tuple[slice, Weight]]:
-    """Yield (rows, weight) of every group that has rows; reads `group_ends` on the host.
-
-    Raises:
-        ValueError: the ends do not ascend from 0 to at most `rows`.
-    """
-    *tensors, shape, block_size, quant_type, codebook = parts
-    book = _checks.codebook(quant_type, codebook)
-    start = 0
-    for index, end in enumerate(group_ends.tolist()):
-        if not start <= end <= rows:
-            raise ValueError(f"group_ends[{index}] is {end}, after {start}, of {rows} rows")
-        if end > start:
-            one = (None if part is None else part[index] for part in tensors)
-            yield slice(start, end), Weight(*one, shape[1:], block_size, book)
-        start = end
-
-
-def grouped_linear_4bit(x: torch.Tensor, group_ends: torch.Tensor, *parts: Any) -> torch.Tensor:
-    """The operator's kernel on a CPU and on CUDA devices: one product per group that has rows."""
-    y = _grouped_linear_4bit_fake(x, group_ends, *parts)
-    x = x.contiguous()
-    end = 0
-    for rows, weight in _group_weights(group_ends, x.shape[0], parts):
-        product(x[rows], x.shape[1], None, weight, y[rows])
-        end = rows.stop
-    y[end:].zero_()
+def grouped_linear_4bit(
+    x: torch.Tensor, group_ends: torch.Tensor, bias: torch.Tensor | None, *parts: Any
+) -> torch.Tensor:
+    """The operator's kernel on a CPU and on CUDA devices."""
+    y = _grouped_linear_4bit_fake(x, group_ends, bias, *parts)
+    stack = _stack(*parts)
+    rows, row_stride = as_rows(x, stack.shape[2])
+    group_ends = group_ends.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    arguments = {
+        "x": rows.data_ptr(),
+        "m": rows.shape[0],
+        "row_stride": row_stride,
+        "dtype": _checks.FLOAT_DTYPES[x.dtype],
+        "ends": group_ends.data_ptr(),
+        "index_bytes": group_ends.itemsize,
+        "bias": address(bias),
+        "y": y.data_ptr(),
+    }
+    if not _ran_our_product(_C.grouped_matmul_4bit_plan, _C.grouped_matmul_4bit, stack, arguments):
+        for group, part in _groups(group_ends, y):
+            one_bias = None if bias is None else bias[group]
+            product(rows[part], row_stride, one_bias, stack[group], y[part])
     return y
 
 
+def _stack(*parts: Any) -> WeightStack:
+    *tensors, shape, block_size, quant_type, codebook = parts
+    return WeightStack(*tensors, shape, block_size, _checks.codebook(quant_type, codebook))
+
+
+def _groups(group_ends: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield (group, its rows) of all that have rows, on a CPU; clear the rows of none in `out`."""
+    start = 0
+    for group, end in enumerate(group_ends.tolist()):
+        if end > start:
+            yield group, slice(start, end)
+        start = end
+    out[start:].zero_()
+
+
 def _grouped_linear_4bit_fake(
-    x: torch.Tensor, group_ends: torch.Tensor, *parts: Any
+    x: torch.Tensor, group_ends: torch.Tensor, bias: torch.Tensor | None, *parts: Any
 ) -> torch.Tensor:
     shape = _check_groups("x", x, group_ends, parts, "in")
+    _checks.check_group_bias(bias, x, shape)
     return x.new_empty(x.shape[0], shape[1])
 
 
 def grouped_linear_4bit_dx(dy: torch.Tensor, group_ends: torch.Tensor, *parts: Any) -> torch.Tensor:
-    """The operator's kernel on a CPU and on CUDA devices: one product per group that has rows."""
+    """The operator's kernel on a CPU and on CUDA devices."""
     dx = _grouped_linear_4bit_dx_fake(dy, group_ends, *parts)
-    dy = dy.contiguous()
-    end = 0
-    for rows, weight in _group_weights(group_ends, dy.shape[0], parts):
-        product_dx(dy[rows], dy.shape[1], weight, dx[rows])
-        end = rows.stop
-    dx[end:].zero_()
+    stack = _stack(*parts)
+    rows, row_stride = as_rows(dy, stack.shape[1])
+    group_ends = group_ends.contiguous()
+    arguments = {
+        "dy": rows.data_ptr(),
+        "m": rows.shape[0],
+        "row_stride": row_stride,
+        "dtype": _checks.FLOAT_DTYPES[dy.dtype],
+        "ends": group_ends.data_ptr(),
+        "index_bytes": group_ends.itemsize,
+        "dx": dx.data_ptr(),
+    }
+    if not _ran_our_product(
+        _C.grouped_matmul_4bit_transposed_plan,
+        _C.grouped_matmul_4bit_transposed,
+        stack,
+        arguments,
+    ):
+        for group, part in _groups(group_ends, dx):
+            product_dx(rows[part], row_stride, stack[group], dx[part])
     return dx
 
 
@@ -364,7 +391,7 @@ register(
 )
 register(f"linear_4bit_dx(Tensor dy, {_WEIGHT}) -> Tensor", linear_4bit_dx, _linear_4bit_dx_fake)
 register(
-    f"grouped_linear_4bit(Tensor x, Tensor group_ends, {_WEIGHT}) -> Tensor",
+    f"grouped_linear_4bit(Tensor x, Tensor group_ends, Tensor? bias, {_WEIGHT}) -> Tensor",
     grouped_linear_4bit,
     _grouped_linear_4bit_fake,
 )

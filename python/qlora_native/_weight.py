@@ -136,3 +136,46 @@ def _cpu_scratch(numel: int, dtype: torch.dtype) -> torch.Tensor:
     if kept is None or kept.numel() < size_bytes:
         kept = _thread.scratch = torch.empty(size_bytes, dtype=torch.uint8)
     return kept[:size_bytes].view(dtype)
+
+
+class WeightStack:
+    """The parts of 4-bit matrices that are quantized one by one, checked, and the core's view."""
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        absmax2: torch.Tensor | None,
+        offset: torch.Tensor | None,
+        shape: Sequence[int],
+        block_size: int,
+        codebook: _C.Codebook,
+    ) -> None:
+        self.parts = (packed, absmax, absmax2, offset)
+        self.shape, self.block_size, self.codebook = shape, block_size, codebook
+        self.device = packed.device
+        first = _C.WeightView.make(
+            packed=packed.data_ptr(),
+            absmax=absmax.data_ptr(),
+            absmax2=address(absmax2),
+            offset=address(offset),
+            double_quant=offset is not None,
+            rows=shape[1],
+            cols=shape[2],
+            block_size=block_size,
+            codebook=codebook,
+            device=device_code(packed.device),
+        )
+        self.view = _C.WeightStackView.make(
+            first=first,
+            count=shape[0],
+            packed_stride=packed.stride(0),
+            absmax_stride=absmax.stride(0),
+            absmax2_stride=0 if absmax2 is None else absmax2.stride(0),
+            offset_stride=0 if offset is None else offset.stride(0),
+        )
+
+    def __getitem__(self, index: int) -> Weight:
+        """Return one matrix."""
+        parts = (None if part is None else part[index] for part in self.parts)
+        return Weight(*parts, self.shape[1:], self.block_size, self.codebook)

@@ -261,28 +261,37 @@ def linear_4bit(
 
 
 def grouped_linear_4bit(
-    x: torch.Tensor, group_ends: torch.Tensor, stack: QuantizedStack
+    x: torch.Tensor,
+    group_ends: torch.Tensor,
+    stack: QuantizedStack,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``x[start:end] @ W_e.T`` for every group of rows, in one tensor.
+    """Return ``x[start:end] @ W_e.T + bias_e`` for every group of rows, in one tensor.
 
-    Differentiable in `x`. No more than one matrix of the stack is decoded at a time, and none of a
-    group without rows.
+    Differentiable in `x` and `bias`. No matrix is decoded as a whole on a GPU, no more than one at
+    a time on a CPU, and none of a group without rows is read. On a GPU all groups are one launch,
+    which reads `group_ends` there: the host does not wait, and a CUDA graph can hold it.
 
     Args:
         x: ``[S, in_features]`` float32, float16 or bfloat16, the rows of group 0 first, on the
             stack's device. Under autocast it is cast to the autocast dtype first.
-        group_ends: int64 ``[E]``: where the rows of each group end. On a GPU, reading it waits for
-            the device.
+        group_ends: int32 or int64 ``[E]`` on the same device: where the rows of each group end, as
+            torch's ``grouped_mm`` takes its ``offs``. They ascend from 0 to at most S.
         stack: weights of shape ``[E, out_features, in_features]``.
+        bias: ``[E, out_features]``, cast to x's dtype, or None.
 
     Returns:
         ``[S, out_features]`` of x's (or the autocast) dtype; rows beyond the last group are zero.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, or the ends do not ascend; the
-            message holds them.
+        TypeError, ValueError: shapes, dtypes or devices do not fit or, on a CPU, the ends do not
+            ascend; the message holds them. A GPU takes an end that is out of order for the nearest
+            that is not.
     """
-    return _autograd.grouped_linear_4bit(_autocast(x), group_ends, *_weight_arguments(stack))
+    x = _autocast(x)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return _autograd.grouped_linear_4bit(x, group_ends, bias, *_weight_arguments(stack))
 
 
 def linear_4bit_lora(

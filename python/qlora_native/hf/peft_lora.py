@@ -44,7 +44,11 @@ class Linear(Over4bit, LoraLinear):
             if name not in self.lora_A:
                 continue
             a, b = self.lora_A[name], self.lora_B[name]
-            if name in self.lora_variant or b.bias is not None or not (_is_plain(a) and _is_plain(b)):
+            if (
+                name in self.lora_variant
+                or b.bias is not None
+                or not (_is_plain(a) and _is_plain(b))
+            ):
                 return None
             dropout = self.lora_dropout[name]
             adapters.append(LowRank(a.weight, b.weight, self.scaling[name], dropout))

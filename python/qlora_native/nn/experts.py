@@ -195,9 +195,9 @@ class Experts4bit(nn.Module):
             experts, torch.arange(self.num_experts, device=experts.device), right=True
         )
         x = hidden_states if self.compute_dtype is None else hidden_states.to(self.compute_dtype)
-        x = self._project(self._first_projection, x[order // chosen], ends, experts)
+        x = self._project(self._first_projection, x[order // chosen], ends)
         x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
-        x = self._project("down_proj", x, ends, experts)
+        x = self._project("down_proj", x, ends)
         if getattr(self, "has_post_expert_norm", False):
             x = self.post_expert_norm(x)
         x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -209,10 +209,9 @@ class Experts4bit(nn.Module):
     def _first_projection(self) -> str:
         return "gate_up_proj" if self.has_gate else "up_proj"
 
-    def _project(self, name: str, x: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
-        y = grouped_linear_4bit(x, ends, self.quantized_stack(name))
-        if self.has_bias:
-            y = y + getattr(self, f"{name}_bias")[experts].to(y.dtype)
+    def _project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        bias = getattr(self, f"{name}_bias") if self.has_bias else None
+        y = grouped_linear_4bit(x, ends, self.quantized_stack(name), bias)
         for adapter in self.adapters.get(name, ()):
             y = y + _grouped_low_rank(x, ends, adapter).to(y.dtype)
         return y
