@@ -10,6 +10,8 @@ add_library(qlora_native SHARED
   cpp/src/managed_mover.cpp cpp/src/memory.cpp cpp/src/paged_mover.cpp cpp/src/paged_pool_state.cpp
   cpp/src/region_allocator.cpp cpp/src/staging_cache.cpp
   cpp/src/optimizer.cpp cpp/src/paged_optimizer.cpp cpp/src/validate_optimizer.cpp
+  cpp/src/json.cpp cpp/src/mapped_file.cpp cpp/src/quantization_config.cpp
+  cpp/src/quantized_matrix.cpp cpp/src/safetensors.cpp cpp/src/safetensors_checkpoint.cpp
   cpp/src/c_api_guard.cpp cpp/src/c_api_arguments.cpp cpp/src/c_api_operations.cpp
   cpp/src/c_api_memory.cpp cpp/src/c_api_optimizer.cpp cpp/src/c_api_queries.cpp
   ${QLORA_NATIVE_CPU_SOURCES})

@@ -6,23 +6,10 @@
 
 #include "support/kernel_runs.h"
 #include "support/problem.h"
+#include "support/rejection.h"
 
 namespace qlora_native::testing {
 namespace {
-
-/// `call` throws InvalidArgument with a message that contains every one of `words`.
-void expect_rejected(const std::function<void()>& call, const std::vector<std::string>& words) {
-  try {
-    call();
-    ADD_FAILURE() << "accepted; expected a complaint about " << ::testing::PrintToString(words);
-  } catch (const InvalidArgument& error) {
-    const std::string message = error.what();
-    for (const std::string& word : words) {
-      EXPECT_NE(message.find(word), std::string::npos)
-          << "'" << word << "' is missing from: " << message;
-    }
-  }
-}
 
 class Validation : public ::testing::Test {
  protected:

@@ -27,8 +27,8 @@ def _public(*stems: str) -> tuple[str, ...]:
 
 # The first layer with a matching pattern owns a file.
 LAYERS = (
-    Layer("base", _public("export", "dtype", "stream", "device", "error", "version")),
-    Layer("formats", _public("codebook", "views", "quantized")),
+    Layer("base", _public("export", "dtype", "stream", "device", "error", "version", "json")),
+    Layer("formats", _public("codebook", "views", "quantized", "safetensors", "quantized_matrix")),
     Layer(
         "operations",
         (*_public("quantize", "dequantize", "matmul", "optimizer", "memory", "paged_optimizer"), *_public("dropout", "lora")),
