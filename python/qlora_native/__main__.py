@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    from qlora_native.cli import app
+    from qlora_native.cli import app, folders
 
-    app()
+    if folders.is_asked_for(sys.argv[1:]):
+        folders.show(sys.argv[1:])
+    else:
+        app()
 
 
 if __name__ == "__main__":

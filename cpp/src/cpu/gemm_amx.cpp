@@ -8,14 +8,12 @@
 //   A task is one of cpu_threads() calls, which draw panels until there are none left: each has a
 //   part of the workspace of its own. An element's sum does not depend on who computes it.
 #include <atomic>
-#include <string>
 
 #include "cpu/amx.h"
 #include "cpu/kernels.h"
 #include "cpu/panels_bf16.h"
 #include "cpu/parallel.h"
 #include "qlora_native/device.h"
-#include "qlora_native/error.h"
 
 namespace qlora_native::cpu {
 namespace {
@@ -317,10 +315,7 @@ template <class Args>
 void multiply(const Args& args, Workspace workspace, const uint16_t* a, Plan plan) {
   char* const parts = static_cast<char*>(workspace.data) + plan.a_elems() * 2;
   const int64_t room = (workspace.size_bytes - plan.a_elems() * 2) / plan.part_bytes();
-  if (room < 1) {
-    throw InvalidArgument("gemm_amx: the workspace of " + std::to_string(workspace.size_bytes) +
-                          " bytes is too small for the number of CPU threads, which has changed");
-  }
+  if (room < 1) refuse_workspace("gemm_amx", workspace.size_bytes);
   plan.parts = std::min(plan.parts, room);
   for_each_panel(plan, parts, [&](const Part& part, int64_t panel) {
     multiply_panel(args, plan, a, part, panel);

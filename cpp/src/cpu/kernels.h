@@ -1,5 +1,9 @@
 // The CPU kernels and the parts they share. A kernel is a driver, which splits the work over
 // threads, and an inner function for one instruction set. backend.cpp joins the two.
+//
+// A file for an instruction set defines no inline function that other files have too, the standard
+// library's strings for one: the linker keeps one copy of each for the whole program, and that one
+// could then be the copy that old processors cannot run.
 #pragma once
 
 #include <cstdint>
@@ -90,6 +94,9 @@ void matmul_transposed_scalar(const MatmulTransposedArgs& args, Workspace worksp
 
 int64_t matmul_workspace_bytes(const MatmulArgs& args);
 int64_t matmul_transposed_workspace_bytes(const MatmulTransposedArgs& args);
+
+/// Throws InvalidArgument: the workspace was large enough for fewer threads.
+[[noreturn]] void refuse_workspace(const char* kernel, int64_t size_bytes);
 
 // ---- matmul, few rows of X: the weights are decoded in registers ----
 

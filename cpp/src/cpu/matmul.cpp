@@ -1,5 +1,6 @@
 // What the vector kernels of both products need to be told about a problem.
 #include "cpu/kernels.h"
+#include "qlora_native/error.h"
 
 namespace qlora_native::cpu {
 
@@ -16,6 +17,11 @@ int64_t matmul_workspace_bytes(const MatmulArgs& args) {
 
 int64_t matmul_transposed_workspace_bytes(const MatmulTransposedArgs& args) {
   return args.dy.rows * args.dy.cols * int64_t{sizeof(float)};
+}
+
+void refuse_workspace(const char* kernel, int64_t size_bytes) {
+  throw InvalidArgument(std::string(kernel) + ": the workspace of " + std::to_string(size_bytes) +
+                        " bytes is too small for the number of CPU threads, which has changed");
 }
 
 }  // namespace qlora_native::cpu

@@ -21,6 +21,8 @@ from qlora_native.cli.registration import command
 app = typer.Typer(
     name="qlora-native",
     help="Fine-tune language models in 4 bits, on a GPU or a CPU.",
+    epilog="For C and C++: --include-dir, --cmake-dir or --pkgconfig-dir prints where the package "
+    "has the core's headers, CMake's files and pkg-config's.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

@@ -1,0 +1,42 @@
+# `cpack` makes an archive of the whole prefix, and where Debian's tools are, a package of the shared
+# library and one for building against it.
+set(CPACK_PACKAGE_VENDOR "The qlora_native authors")
+set(CPACK_PACKAGE_CONTACT ${CPACK_PACKAGE_VENDOR})
+set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "${PROJECT_DESCRIPTION}")
+set(CPACK_RESOURCE_FILE_LICENSE ${PROJECT_SOURCE_DIR}/LICENSE)
+set(CPACK_COMPONENTS_ALL qlora_native_development)
+if(TARGET qlora_native_shared)
+  list(PREPEND CPACK_COMPONENTS_ALL qlora_native_runtime)
+endif()
+set(CPACK_COMPONENT_QLORA_NATIVE_RUNTIME_DESCRIPTION "The shared library.")
+set(CPACK_COMPONENT_QLORA_NATIVE_DEVELOPMENT_DESCRIPTION
+  "Headers, libraries to link, and package files for CMake and pkg-config.")
+set(CPACK_STRIP_FILES ON)
+set(CPACK_GENERATOR TGZ)
+set(CPACK_SOURCE_GENERATOR "")
+
+# dpkg-shlibdeps says which packages the library needs.
+find_program(QLORA_NATIVE_DPKG_SHLIBDEPS dpkg-shlibdeps)
+mark_as_advanced(QLORA_NATIVE_DPKG_SHLIBDEPS)
+if(QLORA_NATIVE_DPKG_SHLIBDEPS)
+  list(APPEND CPACK_GENERATOR DEB)
+endif()
+set(CPACK_DEB_COMPONENT_INSTALL ON)
+set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
+set(CPACK_DEBIAN_PACKAGE_RELEASE 1)
+set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
+set(runtime CPACK_DEBIAN_QLORA_NATIVE_RUNTIME_PACKAGE)
+set(development CPACK_DEBIAN_QLORA_NATIVE_DEVELOPMENT_PACKAGE)
+set(${runtime}_NAME libqlora-native${PROJECT_VERSION_MAJOR})
+set(${runtime}_SECTION libs)
+set(${runtime}_SHLIBDEPS ON)
+set(CPACK_DEBIAN_PACKAGE_GENERATE_SHLIBS ON)
+# Before 1.0 a minor version may break the ABI and keep the SONAME (docs/abi.md).
+set(CPACK_DEBIAN_PACKAGE_GENERATE_SHLIBS_POLICY "=")
+set(${development}_NAME libqlora-native-dev)
+set(${development}_SECTION libdevel)
+if(TARGET qlora_native_shared)
+  set(${development}_DEPENDS
+    "${${runtime}_NAME} (= ${PROJECT_VERSION}-${CPACK_DEBIAN_PACKAGE_RELEASE})")
+endif()
+include(CPack)
