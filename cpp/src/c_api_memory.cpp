@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <memory>
-#include <vector>
 
 #include "c_api_arguments.h"
 #include "c_api_guard.h"
+#include "c_api_memory_arguments.h"
 #include "c_api_struct.h"
 #include "qlora_native/memory.h"
 
@@ -15,41 +15,30 @@ using qn::Stream;
 using qn::c_api::accepted_size;
 using qn::c_api::check_enum;
 using qn::c_api::check_pointer;
-using qn::c_api::fail;
 using qn::c_api::guarded;
+using qn::c_api::pool_of;
+using qn::c_api::ranges_of;
 using qn::c_api::read_struct;
 
 static_assert(static_cast<int32_t>(qn::Backing::kHost) == QN_BACKING_HOST);
 static_assert(static_cast<int32_t>(qn::Access::kReadWrite) == QN_ACCESS_READ_WRITE);
 static_assert(qn::kPagedAlignment == QN_PAGED_ALIGNMENT);
 
-struct qn_paged_pool {
-  qn::PagedPool pool;
-};
-
-namespace {
-
-template <class Pool>
-auto& pool_of(const char* function, Pool* pool) {
-  check_pointer(function, "pool", pool, alignof(qn_paged_pool));
-  return pool->pool;
-}
-
-std::vector<qn::PagedRange> ranges_of(const char* function, void* const* data,
-                                      const int64_t* size_bytes, int64_t count) {
-  if (count < 0) fail(function, "count is " + std::to_string(count));
-  if (count == 0) return {};
-  check_pointer(function, "data", data, alignof(void*));
-  check_pointer(function, "size_bytes", size_bytes, alignof(int64_t));
-  std::vector<qn::PagedRange> ranges(static_cast<size_t>(count));
-  for (size_t i = 0; i < ranges.size(); ++i) ranges[i] = {data[i], size_bytes[i]};
-  return ranges;
-}
-
-}  // namespace
-
 const char* qn_paged_backing_name(qn_paged_backing backing) {
   return qn::name(static_cast<qn::Backing>(backing));
+}
+
+qn_status qn_automatic_paged_backing(qn_device_type device_type, int32_t device_index,
+                                     qn_paged_backing* backing, char* reason,
+                                     int64_t reason_bytes) {
+  return guarded(__func__, [&](const char* function) {
+    check_pointer(function, "backing", backing, alignof(qn_paged_backing));
+    qn::c_api::check_buffer(function, "reason", reason, reason_bytes);
+    const qn::BackingChoice choice =
+        qn::automatic_backing(qn::c_api::to_device(function, device_type, device_index));
+    *backing = static_cast<qn_paged_backing>(choice.backing);
+    qn::c_api::copy_cut(choice.reason, reason, reason_bytes);
+  });
 }
 
 qn_status qn_paged_pool_create(const qn_paged_pool_options* options, qn_paged_pool** pool) {
@@ -68,7 +57,10 @@ qn_status qn_paged_pool_create(const qn_paged_pool_options* options, qn_paged_po
 }
 
 qn_status qn_paged_pool_destroy(qn_paged_pool* pool) {
-  return guarded(__func__, [&](const char*) { delete pool; });
+  return guarded(__func__, [&](const char* function) {
+    qn::c_api::check_alignment(function, "pool", pool, alignof(qn_paged_pool));
+    delete pool;
+  });
 }
 
 qn_status qn_describe_paged_pool(const qn_paged_pool* pool, qn_paged_pool_stats* stats) {

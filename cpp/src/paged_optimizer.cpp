@@ -66,6 +66,7 @@ class Cutter {
     int64_t bytes = 0;
     for (const StateArray& array : state_arrays(&tensor)) {
       const PagedRange* const found = find(*array.data);
+      if (found != nullptr) check_fits(*found, *array.data, array_bytes(array, tensor.numel));
       if (found == nullptr || holds(needed, *found) || holds(part_.ranges, *found)) continue;
       needed.push_back(*found);
       bytes += found->size_bytes;
@@ -88,6 +89,14 @@ class Cutter {
  private:
   static bool holds(const std::vector<PagedRange>& ranges, const PagedRange& range) {
     return std::find(ranges.begin(), ranges.end(), range) != ranges.end();
+  }
+
+  static void check_fits(const PagedRange& range, const void* data, int64_t bytes) {
+    const int64_t begin = static_cast<const char*>(data) - static_cast<const char*>(range.data);
+    if (bytes > range.size_bytes - begin) {
+      fail("paged_optimizer_step: state of ", bytes, " bytes starts at byte ", begin,
+           " of an allocation of ", range.size_bytes);
+    }
   }
 
   /// The allocation that holds an address, or null.
@@ -164,6 +173,11 @@ void paged_optimizer_step(const OptimizerStepArgs& args, PagedPool pool,
          to_string(args.device));
   }
   if (part_bytes < 1) fail("paged_optimizer_step: part_bytes is ", part_bytes);
+  for (const PagedRange& range : allocations) {
+    if (range.size_bytes < 0 || (range.data == nullptr && range.size_bytes > 0)) {
+      fail("paged_optimizer_step: an allocation of ", range.size_bytes, " bytes at ", range.data);
+    }
+  }
   Cutter cutter(allocations, part_bytes);
   for (const OptimizerTensor& tensor : args.tensors) cutter.add(tensor);
   std::vector<Part> parts = cutter.finish();

@@ -11,6 +11,8 @@ namespace {
 
 constexpr const char* kStep = "optimizer_step";
 constexpr const char* kNorm = "gradient_norm";
+/// So that no array has more bytes than an int64_t holds.
+constexpr int64_t kMaxElements = std::numeric_limits<int64_t>::max() / 8;
 
 template <class Enum>
 bool is_known(Enum value, Enum last) {
@@ -66,7 +68,7 @@ void check_states(size_t index, const OptimizerTensor& tensor, OptimizerAlgorith
 
 void check_tensor(size_t index, const OptimizerTensor& tensor, OptimizerAlgorithm algorithm,
                   size_t groups) {
-  if (tensor.numel < 0 || tensor.numel > std::numeric_limits<int64_t>::max() / 8) {
+  if (tensor.numel < 0 || tensor.numel > kMaxElements) {
     fail(kStep, ": tensor ", index, " has ", tensor.numel, " elements");
   }
   if (tensor.group < 0 || static_cast<size_t>(tensor.group) >= groups) {
@@ -123,6 +125,7 @@ void validate(const GradientNormArgs& args) {
       fail(kNorm, ": gradient ", i, " has ", grad.size, " elements at ",
            grad.data ? "some" : "a null", " address");
     }
+    if (grad.size > kMaxElements) fail(kNorm, ": gradient ", i, " has ", grad.size, " elements");
     if (grad.device != args.device) {
       fail(kNorm, ": gradient ", i, " is on ", to_string(grad.device), ", the call is for ",
            to_string(args.device));

@@ -259,6 +259,7 @@ static void test_workspaces(void) {
 }
 
 static void test_queries_arguments(void) {
+  CHECK_REFUSED(qn_describe_build(NULL), "info is null");
   qn_codebook book = {.struct_size = sizeof(book), .zero_code = 99};
   CHECK_REFUSED(qn_describe_codebook(17, NULL, &book), "quant_type 17");
   CHECK_REFUSED(qn_describe_codebook(QN_NF4, custom_values, &book), "custom_values are given");

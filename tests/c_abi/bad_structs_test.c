@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "problem.h"
+#include "struct_check.h"
 
 /* 64-bit platforms. A struct may grow at its end; nothing else here may change. */
 #define OFFSET_IS(type, member, bytes) \
@@ -88,6 +89,8 @@ static bool outputs_are_untouched(void) {
          is_filled(name, UNTOUCHED, sizeof(name)) && bytes == 77;
 }
 
+static const struct_fixture fixture = {set_up, tear_down, outputs_are_untouched};
+
 /* ---- One call per function and struct ---- */
 
 static qn_status build(void* s) { return qn_describe_build(s); }
@@ -159,76 +162,17 @@ static qn_status transposed_weight(void* s) {
   return transposed_run(&args);
 }
 
-static void test_struct(qn_status (*call)(void*), const void* valid, size_t size) {
-  enum { BIGGEST = 4096 };
-  _Alignas(16) unsigned char memory[BIGGEST + 64];
-  unsigned char before[sizeof(memory)];
-  const uint64_t wrong[] = {0, 1, 7, 8, size - 8, size - 1, BIGGEST + 1, UINT64_MAX};
-  set_up();
-  CHECK_REFUSED(call(NULL), "is null");
-  for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); ++i) {
-    memset(memory, 0, sizeof(memory));
-    memcpy(memory, valid, size);
-    memcpy(memory, &wrong[i], sizeof(wrong[i]));
-    memcpy(before, memory, sizeof(memory));
-    CHECK_REFUSED(call(memory), "struct_size");
-    CHECK_BYTES(memory, before, sizeof(memory));
-  }
-  for (size_t shift = 1; shift < 8; shift *= 2) {
-    memset(memory, 0, sizeof(memory));
-    memcpy(memory + shift, valid, size);
-    memcpy(before, memory, sizeof(memory));
-    CHECK_REFUSED(call(memory + shift), "not aligned");
-    CHECK_BYTES(memory, before, sizeof(memory));
-  }
-  for (size_t more = 1; size + more <= BIGGEST; more = more < 16 ? more + 1 : BIGGEST - size) {
-    const uint64_t larger = size + more;
-    memset(memory, 0, sizeof(memory));
-    memcpy(memory, valid, size);
-    memcpy(memory, &larger, sizeof(larger));
-    memory[larger - 1] = 1;
-    memcpy(before, memory, sizeof(memory));
-    CHECK_REFUSED(call(memory), "not zero beyond");
-    CHECK_BYTES(memory, before, sizeof(memory));
-    if (larger == BIGGEST) break;
-  }
-  CHECK(outputs_are_untouched());
-
-  /* A later version's struct, of which the caller uses nothing that is new. */
-  const uint64_t larger = size + 24;
-  memset(memory, 0, sizeof(memory));
-  memcpy(memory, valid, size);
-  memcpy(memory, &larger, sizeof(larger));
-  CHECK_OK(call(memory));
-  CHECK_BYTES(memory, &larger, sizeof(larger));
-  CHECK(is_filled(memory + size, 0, sizeof(memory) - size));
-  tear_down();
-  set_up();
-  memcpy(memory, valid, size);
-  CHECK_OK(call(memory));
-  tear_down();
-}
-
-/* Structs that the library fills in need their size alone. */
-static void test_output(qn_status (*call)(void*), size_t size) {
-  unsigned char valid[1024];
-  const uint64_t struct_size = size;
-  memset(valid, UNTOUCHED, sizeof(valid));
-  memcpy(valid, &struct_size, sizeof(struct_size));
-  test_struct(call, valid, size);
-}
-
 /* Of structs that the library reads, `valid` is one that set_up renews. */
-#define TEST_INPUT(call, valid) test_struct(call, &(valid), sizeof(valid))
+#define TEST_INPUT(call, valid) test_struct(&fixture, call, &(valid), sizeof(valid))
 
 void test_bad_structs(void) {
-  test_output(build, sizeof(qn_build_info));
-  test_output(codebook, sizeof(qn_codebook));
-  test_output(sizes, sizeof(qn_weight_sizes));
-  test_output(device, sizeof(qn_device_info));
-  test_output(kernel, sizeof(qn_kernel_info));
-  test_output(plan, sizeof(qn_matmul_plan));
-  test_output(plan_transposed, sizeof(qn_matmul_plan));
+  test_output_struct(&fixture, build, sizeof(qn_build_info));
+  test_output_struct(&fixture, codebook, sizeof(qn_codebook));
+  test_output_struct(&fixture, sizes, sizeof(qn_weight_sizes));
+  test_output_struct(&fixture, device, sizeof(qn_device_info));
+  test_output_struct(&fixture, kernel, sizeof(qn_kernel_info));
+  test_output_struct(&fixture, plan, sizeof(qn_matmul_plan));
+  test_output_struct(&fixture, plan_transposed, sizeof(qn_matmul_plan));
   TEST_INPUT(quantize_run, quantize_call);
   TEST_INPUT(quantize_bytes, quantize_call);
   TEST_INPUT(quantize_name, quantize_call);

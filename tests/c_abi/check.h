@@ -27,9 +27,11 @@ bool is_filled(const void* data, unsigned char value, size_t bytes);
 
 void test_operations(void);
 void test_optimizer(void);
+void test_paged_optimizer(void);
 void test_queries(void);
 void test_kernels(void);
 void test_memory(void);
 void test_bad_arguments(void);
 void test_bad_structs(void);
+void test_bad_optimizer_structs(void);
 void test_threads(void);

@@ -8,10 +8,16 @@ static const struct {
   const char* name;
   void (*run)(void);
 } groups[] = {
-    {"operations", test_operations},   {"optimizer", test_optimizer},
-    {"queries", test_queries},         {"kernels", test_kernels},
-    {"memory", test_memory},           {"bad_arguments", test_bad_arguments},
-    {"bad_structs", test_bad_structs}, {"threads", test_threads},
+    {"operations", test_operations},
+    {"optimizer", test_optimizer},
+    {"paged_optimizer", test_paged_optimizer},
+    {"queries", test_queries},
+    {"kernels", test_kernels},
+    {"memory", test_memory},
+    {"bad_arguments", test_bad_arguments},
+    {"bad_structs", test_bad_structs},
+    {"bad_optimizer_structs", test_bad_optimizer_structs},
+    {"threads", test_threads},
 };
 
 int main(int argc, char** argv) {

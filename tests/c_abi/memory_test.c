@@ -108,11 +108,52 @@ static void test_refusals(qn_paged_pool* pool) {
   CHECK_REFUSED(qn_paged_pool_deallocate(pool, data, NULL), "not the start of a live allocation");
 
   CHECK_REFUSED(qn_paged_pool_trim(NULL), "pool is null");
+  CHECK_REFUSED(qn_paged_pool_destroy((qn_paged_pool*)((char*)pool + 1)), "pool is not aligned");
   CHECK_REFUSED(qn_paged_pool_allocate(pool, 1, NULL, NULL), "data is null");
   qn_paged_pool_stats stats = {.struct_size = sizeof(stats) - 1, .allocations = -7};
   CHECK_REFUSED(qn_describe_paged_pool(pool, &stats), "struct_size");
   CHECK_REFUSED(qn_describe_paged_pool(pool, NULL), "stats is null");
   CHECK(stats.allocations == -7);
+}
+
+/* What every function that takes ranges refuses. */
+static void refuse_ranges(qn_paged_pool* pool, void* const* data, const int64_t* sizes,
+                          int64_t count, const char* words) {
+  void* address = &address;
+  CHECK_REFUSED(qn_paged_pool_prefetch(pool, data, sizes, count, NULL), words);
+  CHECK_REFUSED(qn_paged_pool_evict(pool, data, sizes, count, NULL), words);
+  CHECK_REFUSED(qn_paged_pool_plan(pool, data, sizes, count), words);
+  CHECK_REFUSED(qn_paged_pool_acquire(pool, data, sizes, count, QN_ACCESS_READ, &address, NULL),
+                words);
+  CHECK_REFUSED(qn_paged_pool_release(pool, data, sizes, count, NULL), words);
+  CHECK(address == &address);
+}
+
+static void test_ranges(qn_paged_pool* pool) {
+  void* data = NULL;
+  const int64_t good = 100;
+  CHECK_OK(qn_paged_pool_allocate(pool, good, &data, NULL));
+  memset(data, 5, (size_t)good);
+  const qn_paged_pool_stats before = stats_of(pool);
+  refuse_ranges(NULL, &data, &good, 1, "pool is null");
+  refuse_ranges((qn_paged_pool*)((char*)pool + 1), &data, &good, 1, "pool is not aligned");
+  refuse_ranges(pool, NULL, &good, 1, "data is null");
+  refuse_ranges(pool, &data, NULL, 1, "size_bytes is null");
+  refuse_ranges(pool, &data, (const int64_t*)((const char*)&good + 1), 1, "not aligned");
+  refuse_ranges(pool, &data, &good, -1, "count is -1");
+  static const int64_t wrong[] = {-1, 101, INT64_MIN, INT64_MAX};
+  for (int i = 0; i < 4; ++i) {
+    refuse_ranges(pool, &data, &wrong[i], 1, "does not lie in one live allocation");
+    CHECK_REFUSED(qn_paged_pool_host_view(pool, data, wrong[i], NULL), "does not lie");
+  }
+  void* const address = (char*)data - 1;
+  refuse_ranges(pool, &address, &good, 1, "does not lie in one live allocation");
+  CHECK_REFUSED(qn_paged_pool_host_view(NULL, data, good, NULL), "pool is null");
+  CHECK_REFUSED(qn_paged_pool_host_view(pool, NULL, good, NULL), "does not lie");
+  CHECK(is_filled(data, 5, (size_t)good));
+  const qn_paged_pool_stats after = stats_of(pool);
+  CHECK_BYTES(&after, &before, sizeof(before));
+  CHECK_OK(qn_paged_pool_deallocate(pool, data, NULL));
 }
 
 static void test_options(void) {
@@ -147,7 +188,24 @@ static void test_options(void) {
   CHECK(strcmp(qn_paged_backing_name(99), "unknown") == 0);
 }
 
+static void test_automatic_backing(void) {
+  qn_paged_backing backing = -7;
+  char reason[256] = "", cut[3] = "xy";
+  CHECK_REFUSED(qn_automatic_paged_backing(2, 0, &backing, reason, 8), "device_type 2");
+  CHECK_REFUSED(qn_automatic_paged_backing(QN_CPU, 1, &backing, reason, 8), "no device 1");
+  CHECK(qn_automatic_paged_backing(QN_CUDA, 1000, &backing, reason, 8) == QN_INVALID_ARGUMENT);
+  CHECK_REFUSED(qn_automatic_paged_backing(QN_CPU, 0, NULL, reason, 8), "backing is null");
+  CHECK_REFUSED(qn_automatic_paged_backing(QN_CPU, 0, &backing, NULL, 8), "reason is null");
+  CHECK_REFUSED(qn_automatic_paged_backing(QN_CPU, 0, &backing, reason, 0), "reason has 0 bytes");
+  CHECK(backing == -7 && reason[0] == '\0');
+  CHECK_OK(qn_automatic_paged_backing(QN_CPU, 0, &backing, reason, sizeof(reason)));
+  CHECK(backing == QN_BACKING_HOST && strlen(reason) > 0);
+  CHECK_OK(qn_automatic_paged_backing(QN_CPU, 0, &backing, cut, sizeof(cut)));
+  CHECK(memcmp(cut, reason, 2) == 0 && cut[2] == '\0');
+}
+
 void test_memory(void) {
+  test_automatic_backing();
   test_use();
   test_options();
   const qn_paged_pool_options options = options_of();
@@ -155,5 +213,6 @@ void test_memory(void) {
   CHECK_OK(qn_paged_pool_create(&options, &pool));
   test_nothing(pool);
   test_refusals(pool);
+  test_ranges(pool);
   CHECK_OK(qn_paged_pool_destroy(pool));
 }

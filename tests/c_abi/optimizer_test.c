@@ -3,9 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "qlora_native/c_api_optimizer.h"
-
 #include "check.h"
+#include "optimizer_model.h"
 #include "problem.h"
 
 /* 64-bit platforms. A struct may grow at its end; nothing else here may change. */
@@ -20,63 +19,6 @@ OFFSET_IS(qn_optimizer_args, algorithm, 80);
 OFFSET_IS(qn_gradient_norm_args, norm, 40);
 _Static_assert(sizeof(qn_optimizer_tensor) == 112 && sizeof(qn_optimizer_group) == 64, "size");
 _Static_assert(sizeof(qn_optimizer_args) == 104 && sizeof(qn_gradient_norm_args) == 56, "size");
-
-enum { SIZE = 700, BLOCKS = 3 };
-
-/* One tensor with fp32 state and one with 8-bit state. */
-typedef struct model {
-  float param[2][SIZE], grad[2][SIZE], moment[SIZE], square[SIZE], step[2];
-  uint8_t moment_codes[SIZE], square_codes[SIZE];
-  float absmax1[BLOCKS], absmax2[BLOCKS];
-  qn_optimizer_tensor tensors[2];
-  qn_optimizer_group group;
-  const qn_optimizer_tensor* tensor_list[2];
-  const qn_optimizer_group* group_list[1];
-  qn_optimizer_args args;
-} model;
-
-static model* make_model(void) {
-  model* m = calloc(1, sizeof(*m));
-  uint32_t state = 1;
-  for (int t = 0; t < 2; ++t) {
-    for (int i = 0; i < SIZE; ++i) {
-      m->param[t][i] = number(&state);
-      m->grad[t][i] = number(&state);
-    }
-  }
-  memset(m->moment_codes, 127, sizeof(m->moment_codes));
-  m->tensors[0] = (qn_optimizer_tensor){.struct_size = sizeof(qn_optimizer_tensor),
-                                        .param = m->param[0],
-                                        .grad = m->grad[0],
-                                        .state1 = m->moment,
-                                        .state2 = m->square,
-                                        .step = &m->step[0],
-                                        .numel = SIZE};
-  m->tensors[1] = (qn_optimizer_tensor){.struct_size = sizeof(qn_optimizer_tensor),
-                                        .param = m->param[1],
-                                        .grad = m->grad[1],
-                                        .state1 = m->moment_codes,
-                                        .state2 = m->square_codes,
-                                        .absmax1 = m->absmax1,
-                                        .absmax2 = m->absmax2,
-                                        .step = &m->step[1],
-                                        .numel = SIZE,
-                                        .state_format = QN_STATE_DYNAMIC_8BIT};
-  m->group = (qn_optimizer_group){.struct_size = sizeof(qn_optimizer_group),
-                                  .lr = 0.01,
-                                  .beta1 = 0.9,
-                                  .beta2 = 0.999,
-                                  .eps = 1e-8,
-                                  .weight_decay = 0.1};
-  for (int t = 0; t < 2; ++t) m->tensor_list[t] = &m->tensors[t];
-  m->group_list[0] = &m->group;
-  m->args = (qn_optimizer_args){.struct_size = sizeof(qn_optimizer_args),
-                                .tensors = m->tensor_list,
-                                .groups = m->group_list,
-                                .num_tensors = 2,
-                                .num_groups = 1};
-  return m;
-}
 
 static void step(model* m) {
   int64_t bytes = 0;
@@ -141,6 +83,16 @@ static void test_conditions(void) {
   free(m);
 }
 
+/* Every function that takes these arguments refuses them. */
+static void refuse_norm(const qn_gradient_norm_args* args, const char* words) {
+  int64_t bytes = 77;
+  char name[QN_KERNEL_NAME_BYTES] = "";
+  CHECK_REFUSED(qn_gradient_norm(args, NULL, 0, NULL), words);
+  CHECK_REFUSED(qn_gradient_norm_workspace_bytes(args, &bytes), words);
+  CHECK_REFUSED(qn_gradient_norm_selected_kernel(args, name, sizeof(name)), words);
+  CHECK(bytes == 77 && name[0] == '\0');
+}
+
 static void test_norm(void) {
   model* m = make_model();
   const void* grads[2] = {m->grad[0], m->grad[1]};
@@ -167,30 +119,55 @@ static void test_norm(void) {
   CHECK(name[0] != '\0');
 
   norm = 7.0f;
-  args.num_grads = -1;
-  CHECK_REFUSED(qn_gradient_norm(&args, NULL, 0, NULL), "the number of grads is -1");
-  args.num_grads = 2;
-  args.grads = NULL;
-  CHECK_REFUSED(qn_gradient_norm(&args, NULL, 0, NULL), "grads is null");
-  args.grads = grads;
-  args.dtypes = NULL;
-  CHECK_REFUSED(qn_gradient_norm(&args, NULL, 0, NULL), "dtypes is null");
-  args.dtypes = dtypes;
-  args.norm = NULL;
-  CHECK_REFUSED(qn_gradient_norm(&args, NULL, 0, NULL), "norm is null");
+  const qn_gradient_norm_args valid = args;
+  const void* misaligned[2] = {m->grad[0], (char*)m->grad[1] + 1};
+  const int64_t negative[2] = {SIZE, -1}, huge[2] = {INT64_MAX, 1};
+  const qn_dtype unknown[2] = {QN_FLOAT32, 3};
+#define REFUSE(member, value, words) \
+  do {                               \
+    args.member = (value);           \
+    refuse_norm(&args, words);       \
+    args = valid;                    \
+  } while (0)
+  REFUSE(num_grads, -1, "the number of grads is -1");
+  REFUSE(grads, NULL, "grads is null");
+  REFUSE(grads, misaligned, "grad is not aligned");
+  REFUSE(sizes, NULL, "sizes is null");
+  REFUSE(sizes, negative, "-1");
+  REFUSE(sizes, huge, "9223372036854775807");
+  REFUSE(dtypes, NULL, "dtypes is null");
+  REFUSE(dtypes, unknown, "dtype 3");
+  REFUSE(norm, NULL, "norm is null");
+  REFUSE(norm, (float*)((char*)&norm + 1), "norm is not aligned");
+  REFUSE(device_type, 2, "device_type 2");
+  REFUSE(device_index, -1, "no device -1");
+#undef REFUSE
+  CHECK_REFUSED(qn_gradient_norm(&args, NULL, 1, NULL), "null address");
+  CHECK_REFUSED(qn_gradient_norm_workspace_bytes(&args, NULL), "workspace_bytes is null");
+  CHECK_REFUSED(qn_gradient_norm_selected_kernel(&args, name, 0), "name has 0 bytes");
   CHECK(norm == 7.0f);
   free(m);
+}
+
+/* Every function that takes these arguments refuses them. */
+static void refuse_step(const qn_optimizer_args* args, const char* words) {
+  int64_t bytes = 77;
+  char name[QN_KERNEL_NAME_BYTES] = "";
+  CHECK_REFUSED(qn_optimizer_step(args, NULL, 0, NULL), words);
+  CHECK_REFUSED(qn_optimizer_step_workspace_bytes(args, &bytes), words);
+  CHECK_REFUSED(qn_optimizer_step_selected_kernel(args, name, sizeof(name)), words);
+  CHECK(bytes == 77 && name[0] == '\0');
 }
 
 static void test_refusals(void) {
   model* m = make_model();
   model* before = malloc(sizeof(*before));
   memcpy(before, m, sizeof(*m));
-#define REFUSE(change, words)                                         \
-  do {                                                                \
-    change;                                                           \
-    CHECK_REFUSED(qn_optimizer_step(&m->args, NULL, 0, NULL), words); \
-    memcpy(m, before, sizeof(*m));                                    \
+#define REFUSE(change, words)      \
+  do {                             \
+    change;                        \
+    refuse_step(&m->args, words);  \
+    memcpy(m, before, sizeof(*m)); \
   } while (0)
   REFUSE(m->args.struct_size = 8, "args has struct_size 8");
   REFUSE(m->tensors[1].struct_size = 8, "a tensor has struct_size 8");
@@ -212,8 +189,24 @@ static void test_refusals(void) {
   REFUSE(m->tensors[0].state1 = NULL, "state1 of tensor 0 is null");
   REFUSE(m->tensors[1].group = 1, "group 1");
   REFUSE(m->args.max_norm = 1, "need grad_norm");
-  REFUSE((void)m, "the workspace has 0 bytes");
+  REFUSE(m->tensors[0].grad = (char*)m->grad + 2, "grad is not aligned");
+  REFUSE(m->tensors[0].step = NULL, "step of tensor 0 is null");
+  REFUSE(m->tensors[0].numel = -1, "-1 elements");
+  REFUSE(m->tensors[0].numel = INT64_MAX, "9223372036854775807 elements");
+  REFUSE(m->tensors[0].first_element = 5, "5");
+  REFUSE(m->tensors[0].absmax1 = m->absmax1, "absmax1 of tensor 0 is given");
+  REFUSE(m->args.device_index = 1, "no device 1");
+  REFUSE(m->args.num_groups = INT64_MIN, "the number of groups is -9223372036854775808");
+  REFUSE(m->args.max_norm = NAN, "max_norm");
+  REFUSE(m->group.beta1 = 1, "beta1 1");
+  REFUSE(m->group.lr = INFINITY, "lr inf");
+  REFUSE(m->group.lr_on_device = (float*)((char*)m->absmax1 + 1), "lr_on_device is not aligned");
 #undef REFUSE
+  CHECK_REFUSED(qn_optimizer_step(&m->args, NULL, 0, NULL), "the workspace has 0 bytes");
+  CHECK_REFUSED(qn_optimizer_step(&m->args, NULL, 4096, NULL), "null address");
+  CHECK_REFUSED(qn_optimizer_step(&m->args, (char*)NULL + 8, 4096, NULL), "not aligned to 256");
+  CHECK_REFUSED(qn_optimizer_step_workspace_bytes(&m->args, NULL), "workspace_bytes is null");
+  CHECK_REFUSED(qn_optimizer_step_selected_kernel(&m->args, NULL, 8), "name is null");
   CHECK_BYTES(m, before, sizeof(*m));
   free(before);
   free(m);

@@ -162,6 +162,12 @@ TEST(PagedOptimizerStep, WrongArgumentsAreRefused) {
   const auto before = model.contents();
   EXPECT_THROW(paged_optimizer_step(args, pool, {&foreign, 1}, 1 << 20, {}, Stream::none()),
                InvalidArgument);
+  const PagedRange negative{tensors[0].state1, -1}, nowhere{nullptr, 1200};
+  const PagedRange short_one{tensors[0].state1, 1199};
+  for (const PagedRange& wrong : {negative, nowhere, short_one}) {
+    EXPECT_THROW(paged_optimizer_step(args, pool, {&wrong, 1}, 1 << 20, {}, Stream::none()),
+                 InvalidArgument);
+  }
   EXPECT_EQ(model.contents(), before);
 }
 

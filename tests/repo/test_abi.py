@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from _library import built_library, exported_symbols
 from _sources import ROOT
@@ -12,6 +12,10 @@ HEADER = ROOT / "cpp/include/qlora_native/c_api.h"
 HEADERS = sorted(HEADER.parent.glob("c_api*.h"))
 SYMBOLS = ROOT / "tests/repo/abi_symbols.txt"
 _DECLARATION = re.compile(r"^QN_API [^;]*?\b(qn_\w+)\(", re.MULTILINE)
+_CAN_FAIL = re.compile(r"^QN_API qn_status (qn_\w+)\(", re.MULTILINE)
+_REFUSAL = re.compile(r"\bCHECK_REFUSED\(\s*(qn_\w+)\(")
+# Functions that return a status, but take nothing that could be wrong.
+TAKES_ANYTHING = {"qn_set_cpu_executor": "every address is a function, as far as C knows"}
 
 
 def listed_symbols(text: str) -> list[str]:
@@ -64,6 +68,27 @@ def test_a_missing_and_an_unlisted_symbol_are_found():
 def test_declarations_are_found():
     header = "QN_API const char* qn_a(void);\nQN_API qn_status qn_b(int x,\n    int y);\n"
     assert declared_functions(header + "typedef void (*qn_c)(int);\n") == ["qn_a", "qn_b"]
+
+
+def without_refusals(headers: Iterable[str], tests: Iterable[str]) -> list[str]:
+    """Return the functions that can fail and that no C test calls with a wrong argument."""
+    can_fail = {name for header in headers for name in _CAN_FAIL.findall(header)}
+    refusing = {name for test in tests for name in _REFUSAL.findall(test)}
+    return sorted(can_fail - refusing - set(TAKES_ANYTHING))
+
+
+def test_every_function_is_called_with_a_wrong_argument():
+    headers = [header.read_text() for header in HEADERS]
+    tests = [test.read_text() for test in sorted((ROOT / "tests/c_abi").glob("*.c"))]
+    assert without_refusals(headers, tests) == []
+    assert set(TAKES_ANYTHING) <= {name for text in headers for name in _CAN_FAIL.findall(text)}
+
+
+def test_a_function_without_a_wrong_argument_is_found():
+    header = "QN_API qn_status qn_a(int x);\nQN_API qn_status qn_b(int x,\n    int y);\n"
+    header += "QN_API const char* qn_c(int x);\n"
+    tests = ['CHECK_OK(qn_b(1, 2)); CHECK_REFUSED(\n  qn_a(-1), "-1");']
+    assert without_refusals([header], tests) == ["qn_b"]
 
 
 def abi_versions(header: str, version_header: str) -> tuple[int, int]:

@@ -65,6 +65,13 @@ typedef struct qn_paged_pool_stats {
  * cannot fail. */
 QN_API const char* qn_paged_backing_name(qn_paged_backing backing);
 
+/* Writes what QN_BACKING_AUTO stands for on a device to `backing`, and why, for people, to `reason`,
+ * cut to `reason_bytes` bytes with the final zero. Errors: QN_INVALID_ARGUMENT when there is no such
+ * device or reason_bytes < 1. */
+QN_API qn_status qn_automatic_paged_backing(qn_device_type device_type, int32_t device_index,
+                                            qn_paged_backing* backing, char* reason,
+                                            int64_t reason_bytes);
+
 /* Writes a pool, which takes no memory yet, to `pool`. Errors: QN_INVALID_ARGUMENT when a size is
  * less than QN_PAGED_ALIGNMENT, or there is no such device; QN_UNSUPPORTED when the device does not
  * have the backing; QN_CUDA_ERROR. */
