@@ -1,0 +1,75 @@
+"""Building the core, and programs against a prefix, as a user does on a command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Where the core is built for these tests; kept, so that only what has changed is compiled again.
+BUILD = ROOT / "build" / "install"
+# The core compiles in the first test that needs it.
+LIMIT_S = 1800
+LIBRARIES = ("shared", "static")
+
+
+def need(*programs: str) -> None:
+    """Skip the test when a program is not there."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"not on PATH: {', '.join(missing)}")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return this process's environment without compilers that other tests may have set."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    return kept | changes
+
+
+def attempt(*command: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run a command, whatever its exit code."""
+    return subprocess.run(
+        [str(word) for word in command],
+        **{"env": environment(), "capture_output": True, "text": True, "check": False, **options},
+    )
+
+
+def run(*command: object, **options) -> str:
+    """Run a command that has to succeed; return what it printed."""
+    result = attempt(*command, **options)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def build_core() -> Path:
+    """Build both libraries, without CUDA; return the build folder."""
+    need("cmake", "g++")
+    options = ["-DQLORA_NATIVE_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Release"]
+    if not (BUILD / "CMakeCache.txt").is_file() and shutil.which("ninja"):
+        options.append("-GNinja")
+    run("cmake", "-S", ROOT, "-B", BUILD, *options)
+    run("cmake", "--build", BUILD, "--parallel", os.cpu_count() or 1)
+    return BUILD
+
+
+def configure(source: Path, build: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Configure a project that finds an installed core."""
+    return attempt("cmake", "-S", source, "-B", build, *options)
+
+
+def build_project(source: Path, build: Path, *options: str) -> None:
+    """Configure and build it."""
+    result = configure(source, build, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    run("cmake", "--build", build)
+
+
+def linked_libraries(program: Path) -> str:
+    """Return the names of the shared libraries that a program asks for."""
+    need("readelf")
+    lines = run("readelf", "-d", program).splitlines()
+    return " ".join(line.split("[")[1].rstrip("]") for line in lines if "(NEEDED)" in line)
