@@ -194,3 +194,18 @@ def test_importing_the_package_imports_no_library():
         """
     )
     assert loaded.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", qlora_native.hf.__all__)
+def test_any_name_may_be_the_first_that_is_asked_for(name):
+    library = "peft" if name in ("LoftqReport", "init_loftq") else "transformers"
+    pytest.importorskip(library)
+    run_python(
+        f"""
+        import warnings
+        warnings.filterwarnings("error", message="qlora_native cannot extend")
+        import qlora_native as qn
+        qn.hf.{name}
+        import {library}
+        """
+    )

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+# First: importing PEFT brings `peft_lora`, which must not be half imported itself by then.
+import peft  # noqa: F401
 import torch
 from torch import Tensor, nn
 
