@@ -63,12 +63,14 @@ class ExpertAdapter(NamedTuple):
 class Experts4bit(nn.Module):
     """Mixin before the class of a layer of experts, whose stacks it keeps in 4 bits.
 
-    State of the projection <name>, all frozen uint8 parameters with a row for each expert:
-        <name>: packed codes [E, out_features, in_features / 2].
-        <name>_absmax: 8-bit codes [E, blocks] with double quantization, else the raw bytes of the
-            fp32 absmax [E, 4 * blocks].
-        <name>_absmax2: raw bytes of the fp32 absmax2 of every group and of the offset
-            [E, 4 * (groups + 1)]; None without double quantization.
+    The state of a projection ``NAME`` is frozen uint8 parameters with a row for each expert:
+
+    * ``NAME``: packed codes [E, out_features, in_features / 2].
+    * ``NAME_absmax``: 8-bit codes [E, blocks] with double quantization, else the raw bytes of the
+      fp32 absmax [E, 4 * blocks].
+    * ``NAME_absmax2``: raw bytes of the fp32 absmax2 of every group and of the offset
+      [E, 4 * (groups + 1)]; None without double quantization.
+
     Each expert is quantized by itself, the matrix [out_features, in_features] row by row. Biases
     are ordinary parameters.
     """

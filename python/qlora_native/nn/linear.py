@@ -18,7 +18,10 @@ _METADATA_KEY = "qlora_native"
 class Linear4bit(nn.Linear):
     """`y = x W^T + bias` with a frozen 4-bit `W` [out_features, in_features].
 
-    State, all frozen uint8 parameters so that casts, sharding and serialization move bytes only:
+    The packed state is frozen uint8 parameters, so that casts, sharding and serialization move bytes
+    only.
+
+    Attributes:
         weight: packed codes, [out_features, in_features / 2]; flat [(n + 1) // 2], n = out * in,
             when in_features is odd.
         weight_absmax: 8-bit codes [blocks] with double quantization, else the raw bytes of the

@@ -1,6 +1,6 @@
 """Optimizers whose state is fp32 or 8-bit, on the device or paged.
 
-All are `torch.optim.Optimizer`s. A step costs a few launches whatever the number of parameters,
+Each is a `torch.optim.Optimizer`. A step costs a few launches whatever the number of parameters,
 waits for nothing, and can be captured in a CUDA graph.
 
 The names that begin with Paged are those that bitsandbytes has, for scripts that come from there.
