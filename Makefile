@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 cmake_defines := -Ccmake.define.QLORA_NATIVE_CUDA=$(CUDA) \
   $(if $(CUDA_ARCHITECTURES),-Ccmake.define.QLORA_NATIVE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)")
 
-.PHONY: help bootstrap build test test-matrix lint format sanitize demo bench gpu clean
+.PHONY: help bootstrap build test test-matrix lint format sanitize demo bench gpu docs wheel clean
 
 help:
 	@echo "make test    build and run every test that needs no GPU"
@@ -22,6 +22,8 @@ help:
 	@echo "make bench   measure, alone and beside bitsandbytes and dense bf16; redraw README's figures"
 	@echo "make lint    formatting and static checks (make format repairs)"
 	@echo "make sanitize  the C and C++ tests under ASan and UBSan"
+	@echo "make docs    the manual and the API reference, in build/docs"
+	@echo "make wheel   an sdist and a wheel, in dist"
 
 bootstrap:
 	@PYTHON=$(PYTHON) tools/bootstrap.sh
@@ -82,6 +84,14 @@ bench: build
 
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS)
+
+# From the sdist, as on any other machine. The tag says what the wheel runs on: this machine's glibc
+# or a newer one.
+wheel: bootstrap
+	rm -rf build/dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist $(cmake_defines) .
+	$(BIN)/python -m auditwheel repair --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
 
 clean:
 	rm -rf build

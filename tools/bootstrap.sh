@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with everything that development needs, once for each state of pyproject.toml, and
-# GTest and Google Benchmark from Debian's packages when run as root.
+# GTest, Google Benchmark and Doxygen from Debian's packages when run as root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,12 +18,12 @@ if [ ! -e "$stamp" ]; then
 fi
 
 have_header() { echo "#include <$1>" | ${CXX:-g++} -E -x c++ - >/dev/null 2>&1; }
-if ! have_header gtest/gtest.h || ! have_header benchmark/benchmark.h; then
-  install_line="apt-get install -y libgtest-dev libbenchmark-dev"
+if ! have_header gtest/gtest.h || ! have_header benchmark/benchmark.h || ! command -v doxygen >/dev/null; then
+  install_line="apt-get install -y libgtest-dev libbenchmark-dev doxygen"
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     { apt-get update -qq && $install_line -qq; } >/dev/null 2>&1 ||
-      echo "C++ tests and benchmarks are left out; to have them: $install_line"
+      echo "C++ tests, benchmarks or the manual are left out; to have them: $install_line"
   else
-    echo "C++ tests and benchmarks are left out; to have them: sudo $install_line"
+    echo "C++ tests, benchmarks or the manual are left out; to have them: sudo $install_line"
   fi
 fi

@@ -12,13 +12,11 @@ import torch
 import qlora_native as qn
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     no_gpu = qn.cuda_unavailable_reason() or (
         "" if torch.cuda.is_available() else "torch sees no CUDA device"
     )
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="needs --slow"))
         if "gpu" in item.keywords and no_gpu:
             item.add_marker(pytest.mark.skip(reason=no_gpu))
 
