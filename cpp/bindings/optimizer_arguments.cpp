@@ -45,24 +45,29 @@ void OptimizerArguments::refuse(const Parameter& parameter, const std::string& p
   throw nb::value_error((label + ": " + problem).c_str());
 }
 
-nb::object OptimizerArguments::local_part(nb::handle tensor) const {
-  // A DTensor's shard is updated where it lies.
-  PyObject* const local = PyObject_GetAttr(tensor.ptr(), local_name_.ptr());
-  if (local != nullptr) return nb::steal(local);
-  PyErr_Clear();
-  return nb::borrow(tensor);
+bool OptimizerArguments::is_wrapper(nb::handle tensor) {
+  // Asked of the type, and once: an attribute that is not there costs an exception.
+  const nb::handle type = tensor.type();
+  for (const Kind& kind : kinds_) {
+    if (kind.type.is(type)) return kind.is_wrapper;
+  }
+  kinds_.push_back({nb::borrow(type), nb::hasattr(type, local_name_)});
+  return kinds_.back().is_wrapper;
+}
+
+nb::object OptimizerArguments::local_part(nb::handle tensor) {
+  // A DTensor's shard is updated where it lies. What the DTensor says of its own memory is wrong: an
+  // address of nothing, plus an offset.
+  return is_wrapper(tensor) ? nb::object(tensor.attr(local_name_)) : nb::borrow(tensor);
 }
 
 TensorFacts OptimizerArguments::read_grad(const Parameter& parameter, nb::handle grad) {
   TensorFacts facts;
-  nb::object owner = nb::borrow(grad);
+  nb::object owner = local_part(grad);
   if (!reader_.read(owner, &facts)) {
-    owner = local_part(owner);
-    if (!reader_.read(owner, &facts)) {
-      refuse(parameter, "its gradient is " + text_of(grad.attr("layout")) + " on " +
-                            text_of(grad.attr("device")) +
-                            "; only strided ones on cpu and cuda devices are supported");
-    }
+    refuse(parameter, "its gradient is " + text_of(grad.attr("layout")) + " on " +
+                          text_of(grad.attr("device")) +
+                          "; only strided ones on cpu and cuda devices are supported");
   }
   if (!facts.is_contiguous) {
     owner = owner.attr("contiguous")();
@@ -83,11 +88,10 @@ TensorFacts OptimizerArguments::read_grad(const Parameter& parameter, nb::handle
 }
 
 TensorFacts OptimizerArguments::read_state(const Parameter& parameter, nb::handle state,
-                                           nb::handle key, int64_t count) const {
+                                           nb::handle key, int64_t count) {
   const nb::handle value = look_up(state, key);
   TensorFacts facts;
-  if (!value.is_valid() ||
-      !(reader_.read(value, &facts) || reader_.read(local_part(value), &facts))) {
+  if (!value.is_valid() || !reader_.read(local_part(value), &facts)) {
     refuse(parameter, "its state has no tensor '" + text_of(key) + "'");
   }
   const bool is_in_place = facts.device == parameter.facts.device ||
@@ -103,8 +107,7 @@ TensorFacts OptimizerArguments::read_state(const Parameter& parameter, nb::handl
 }
 
 qn::OptimizerTensor OptimizerArguments::make_tensor(const Parameter& parameter,
-                                                    const TensorFacts& grad,
-                                                    nb::handle state) const {
+                                                    const TensorFacts& grad, nb::handle state) {
   const int64_t numel = parameter.facts.numel;
   const int64_t blocks = qn::num_blocks(numel, qn::kStateBlockSize);
   const auto floats = [&](nb::handle key, int64_t count) {
@@ -162,13 +165,11 @@ std::vector<ParameterPlace> OptimizerArguments::read(nb::list groups, nb::dict s
       if (!grad.is_valid()) nb::raise_python_error();
       if (grad.is_none()) continue;
       Parameter parameter{group, {static_cast<int32_t>(g), static_cast<int32_t>(i)}, object, {}};
-      if (!reader_.read(object, &parameter.facts)) {
-        owned_.push_back(local_part(object));
-        if (!reader_.read(owned_.back(), &parameter.facts)) {
-          refuse(parameter, "it is " + text_of(object.attr("layout")) + " on " +
-                                text_of(object.attr("device")) +
-                                "; only strided ones on cpu and cuda devices are supported");
-        }
+      if (is_wrapper(object)) owned_.push_back(local_part(object));
+      if (!reader_.read(is_wrapper(object) ? owned_.back() : object, &parameter.facts)) {
+        refuse(parameter, "it is " + text_of(object.attr("layout")) + " on " +
+                              text_of(object.attr("device")) +
+                              "; only strided ones on cpu and cuda devices are supported");
       }
       if (!parameter.facts.is_float) {
         refuse(parameter, "it is " + text_of(object.attr("dtype")) +

@@ -49,15 +49,22 @@ class OptimizerArguments {
   };
 
   [[noreturn]] void refuse(const Parameter& parameter, const std::string& problem) const;
-  nanobind::object local_part(nanobind::handle tensor) const;
+  bool is_wrapper(nanobind::handle tensor);
+  nanobind::object local_part(nanobind::handle tensor);
   TensorFacts read_grad(const Parameter& parameter, nanobind::handle grad);
   TensorFacts read_state(const Parameter& parameter, nanobind::handle state, nanobind::handle key,
-                         int64_t numel) const;
+                         int64_t numel);
   qlora_native::OptimizerTensor make_tensor(const Parameter& parameter, const TensorFacts& grad,
-                                            nanobind::handle state) const;
+                                            nanobind::handle state);
   void add(qlora_native::Device device, const qlora_native::OptimizerTensor& tensor);
 
+  struct Kind {
+    nanobind::object type;
+    bool is_wrapper;
+  };
+
   TensorReader reader_;
+  std::vector<Kind> kinds_;
   bool allows_host_state_ = false;
   std::vector<DeviceTensors> devices_;
   nanobind::list params_;

@@ -29,6 +29,7 @@ from qlora_native.nn.adapters import (
     set_adapter,
 )
 from qlora_native.nn.lora import BIAS_MODES, LoraLinear, LoraSettings
+from qlora_native.nn.sharding import copy_whole_, whole
 from qlora_native.nn.targets import is_or_ends_in, linear_layers, lora_layers
 
 CONFIG_NAME = "adapter_config.json"
@@ -68,7 +69,8 @@ def save_adapter(
 ) -> None:
     """Writes an adapter of `model` to the folder `path`, which is made when missing.
 
-    Both files are complete under temporary names before either takes its place.
+    Both files are complete under temporary names before either takes its place. Of a model that is
+    split over ranks every rank calls it, each with a folder of its own: all have the whole adapter.
 
     Args:
         base_model_name_or_path: what the config names as the base; the transformers config's
@@ -144,13 +146,12 @@ def load_adapter(
         report = install_adapter(
             model, dict.fromkeys(weights, settings), adapter_name, dtype=dtype, trainable=trainable
         )
-    with torch.no_grad():
-        layers = linear_layers(model)
-        for name, (a, b) in weights.items():
-            layers[name].lora_A[adapter_name].weight.copy_(a)
-            layers[name].lora_B[adapter_name].weight.copy_(b)
-        for parameter, value in biases:
-            parameter.copy_(value)
+    layers = linear_layers(model)
+    for name, (a, b) in weights.items():
+        copy_whole_(layers[name].lora_A[adapter_name].weight, a)
+        copy_whole_(layers[name].lora_B[adapter_name].weight, b)
+    for parameter, value in biases:
+        copy_whole_(parameter, value)
     return report
 
 
@@ -219,7 +220,7 @@ def _adapter_tensors(
     tensors |= dict(bias_parameters(model, mode))
     # Copies: safetensors refuses tensors that share storage, as tied biases do.
     return {
-        _PREFIX + _file_path(name): tensor.detach().cpu().contiguous().clone()
+        _PREFIX + _file_path(name): whole(tensor.detach()).cpu().contiguous().clone()
         for name, tensor in tensors.items()
     }
 

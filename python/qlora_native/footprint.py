@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.memory import PagedPool
+from qlora_native.nn.sharding import is_checkpointed_layer
 from qlora_native.optim._optimizer import NativeOptimizer
 
 
@@ -144,7 +145,7 @@ def trace(model: nn.Module, batch: int, length: int) -> Saved:
         NotImplementedError: the forward pass depends on numbers, which a meta tensor has none of.
     """
     tape, inputs = _Tape(model), []
-    layers = [m for m in model.modules() if _is_checkpointed_layer(m)]
+    layers = [m for m in model.modules() if is_checkpointed_layer(m)]
     head = model.get_output_embeddings()
 
     def enter(place: int | str) -> Any:
@@ -181,10 +182,6 @@ def trace(model: nn.Module, batch: int, length: int) -> Saved:
         loss=sum(of.get("loss", ())),
         logits=logits.numel(),
     )
-
-
-def _is_checkpointed_layer(module: nn.Module) -> bool:
-    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
 
 
 def activation_bytes(saved: Saved, *, checkpointing: bool, loss_share: float = 1.0) -> int:
@@ -251,7 +248,7 @@ def _sharded(model: nn.Module, parts: Footprint, shards: int, *, paged: bool) ->
     def split(size: int) -> int:
         return -(-size // shards)
 
-    layers = [held(m) for m in model.modules() if _is_checkpointed_layer(m)]
+    layers = [held(m) for m in model.modules() if is_checkpointed_layer(m)]
     # Two at a time: the one that computes, and the one that is being gathered.
     widest = max(layers, key=lambda layer: layer.total, default=Footprint())
     rest = parts.dense - sum(layer.dense for layer in layers)

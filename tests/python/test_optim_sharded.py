@@ -82,3 +82,17 @@ def test_every_rank_has_the_scales_of_what_is_replicated(mesh):
     optimizer = qn.optim.AdamW8bit([param])
     optimizer.step()
     assert "exp_avg_absmax" in optimizer.state_dict()["state"][0]
+
+
+def test_shards_that_begin_inside_of_a_storage(mesh):
+    """As FSDP2's gradients do: the wrapper then has an address that is none, plus an offset."""
+    param = parameter(mesh, tensors.Shard(0))
+    storage = torch.full((64 * 80 + 160,), 0.5)
+    local = storage[160:].view(64, 80)
+    assert local.storage_offset()
+    param.grad = tensors.DTensor.from_local(local, mesh, [tensors.Shard(0)], run_check=False)
+    same = parameter(mesh, tensors.Shard(0))
+    for one in (param, same):
+        qn.optim.AdamW([one]).step()
+    assert param.to_local().lt(1).all()
+    torch.testing.assert_close(param.to_local(), same.to_local(), rtol=0, atol=0)

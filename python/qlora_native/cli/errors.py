@@ -22,6 +22,10 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
     """The user stopped the run; the message says what is kept and how to go on."""
 
 
+class RankLostError(Exception):
+    """Another process of the run ended or did not answer; the message says which one noticed."""
+
+
 class OutOfMemoryError(Exception):
     """An allocation failed; the message says during what, and what would need less memory."""
 
@@ -66,6 +70,8 @@ def reporting(debug: bool) -> Iterator[None]:
             raise
         if isinstance(error, (InputError, OutOfMemoryError)):
             message, code = f"error: {error}", EXIT_BAD_INPUT
+        elif isinstance(error, RankLostError):
+            message, code = f"error: {error}", EXIT_FAILURE
         elif isinstance(error, Interrupted):
             message, code = f"interrupted: {error}", EXIT_INTERRUPTED
         else:

@@ -16,7 +16,7 @@ import yaml
 
 import qlora_native as qn
 from qlora_native._files import atomic_write
-from qlora_native.cli import data, loading, models, report
+from qlora_native.cli import data, loading, models, parallel, report
 from qlora_native.cli.config_file import RUN_FILE, read_yaml
 from qlora_native.cli.errors import InputError, Interrupted, allocating, display_path, require
 from qlora_native.cli.options import FinetuneOptions
@@ -27,15 +27,17 @@ from qlora_native.cli.trainer import (
     checkpoints,
     delete_incomplete,
     load_state,
+    save_adapter,
 )
 from qlora_native.hf.optimizers import OPTIMIZERS
+from qlora_native.nn.sharding import shard_from_rank_0
 
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "loss.png", RUN_FILE)
 # What may differ between a run and its continuation: it changes no number but for the device,
 # which changes them by rounding only, as the dtype that it came to is recorded and compared.
 _FREE_ON_RESUME = {
     "output", "overwrite", "resume", "debug", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "device",
+    "save_total_limit", "device", "fsdp", "rank_timeout",
 }  # fmt: skip
 
 
@@ -46,9 +48,15 @@ def finetune(options: FinetuneOptions) -> None:
         InputError: see the messages; the output folder is as it was.
         OutOfMemoryError, Interrupted: the output folder has whole checkpoints only.
     """
-    started = time.perf_counter()
     _check_numbers(options)
     loading.check_quantization(options)
+    options = dataclasses.replace(options, fsdp=options.fsdp or parallel.accelerate_asks_for_fsdp())
+    with parallel.ranks(options.device, options.rank_timeout) as ranks:
+        _finetune(options, ranks)
+
+
+def _finetune(options: FinetuneOptions, ranks: parallel.Ranks) -> None:
+    started = time.perf_counter()
     where = loading.placement(options)
     loading.check_model_path(options.model)
     if warning := models.adopt_quantization(options):
@@ -63,7 +71,9 @@ def finetune(options: FinetuneOptions) -> None:
     arguments = _training_arguments(options, where)
     tokenizer = loading.load_tokenizer(options.model)
     transformers.set_seed(options.seed)
-    train, evaluation = _read(options, tokenizer)
+    sharded = options.fsdp and ranks.size > 1
+    with ranks.main_first():  # the others find what it has cached
+        train, evaluation = _read(options, tokenizer)
     if warning := loading.unused_gpu(options, where):
         stderr.print(warning, highlight=False, soft_wrap=True)
     stderr.print(
@@ -78,7 +88,7 @@ def finetune(options: FinetuneOptions) -> None:
         )
     if where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where.device)
-    model, quantized, adapters = _build(options, where)
+    model, quantized, adapters = _build(options, where, ranks, sharded)
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
@@ -88,11 +98,15 @@ def finetune(options: FinetuneOptions) -> None:
         base_model=options.model,
         dtype=where.dtype,
         optimizer=options.optim,
+        ranks=ranks,
+        sharded=sharded,
     )
-    if resume_from is None:
-        _start_output(options)
-    delete_incomplete(options.output)
-    losses = _train(trainer, options, resume_from)
+    ranks.wait()  # all have looked at the folder as it was
+    if ranks.is_main:
+        if resume_from is None:
+            _start_output(options)
+        delete_incomplete(options.output)
+    losses = _train(trainer, options, resume_from, ranks)
     memory, memory_of = report.peak_memory(where.device)
     history = trainer.state.log_history
     content = {
@@ -109,13 +123,16 @@ def finetune(options: FinetuneOptions) -> None:
         "quantized_layers": quantized.count,
         "loss_on": train.loss_on,
         "sequences": {"train": len(train), "eval": len(evaluation or ())},
-        "device": _device_name(where.device),
+        "device": report.device_name(where.device),
         "dtype": str(where.dtype).removeprefix("torch."),
+        "processes": ranks.size,
         "wall_seconds": time.perf_counter() - started,
         "versions": report.versions(),
         "settings": _settings(options),
     }
-    _save_results(options.output, model, tokenizer, options.model, content)
+    save_adapter(model, options.output, options.model, ranks, sharded)
+    if ranks.is_main:
+        _save_results(options.output, tokenizer, content)
     stdout.print(report.table(content))
     stdout.print(
         f"Saved to {options.output}: adapter, tokenizer, report.json, loss.png", soft_wrap=True
@@ -125,7 +142,7 @@ def finetune(options: FinetuneOptions) -> None:
 def _check_numbers(options: FinetuneOptions) -> None:
     for name in (
         "lora_r", "max_seq_length", "per_device_train_batch_size", "per_device_eval_batch_size",
-        "gradient_accumulation_steps", "logging_steps", "save_total_limit",
+        "gradient_accumulation_steps", "logging_steps", "save_total_limit", "rank_timeout",
     ):  # fmt: skip
         value = getattr(options, name)
         require(value >= 1, f"--{name.replace('_', '-')} {value}: must be 1 or more")
@@ -238,9 +255,16 @@ def _read(options: FinetuneOptions, tokenizer: Any) -> tuple[data.Sequences, dat
     return data.tokenize(documents, tokenizer, length), None
 
 
-def _build(options: FinetuneOptions, where: loading.Placement) -> tuple[Any, Any, Any]:
-    with LayerProgress() as progress:
-        model = models.load_quantized(options, where, progress)
+def _build(
+    options: FinetuneOptions, where: loading.Placement, ranks: parallel.Ranks, sharded: bool
+) -> tuple[Any, Any, Any]:
+    # Of a model that is going to be split, rank 0 has all in host memory, the others nothing.
+    first = dataclasses.replace(where, device=torch.device("cpu")) if sharded else where
+    if sharded and not ranks.is_main:
+        model = models.without_weights(options, where)
+    else:
+        with LayerProgress() as progress:
+            model = models.load_quantized(options, first, progress)
     quantized = models.four_bit_layers(model)
     targets: Any = options.target_modules
     if targets != "all-linear":
@@ -262,6 +286,11 @@ def _build(options: FinetuneOptions, where: loading.Placement) -> tuple[Any, Any
         f"--target-modules: {', '.join(adapters.unmatched)} matches no linear layer of the model",
     )
     qn.prepare_for_training(model, gradient_checkpointing=options.gradient_checkpointing)
+    if sharded:
+        try:
+            shard_from_rank_0(model, where.device)
+        except ValueError as error:
+            raise InputError(f"--fsdp: {error}") from error
     return model, quantized, adapters
 
 
@@ -293,13 +322,16 @@ def _settings(options: FinetuneOptions) -> dict[str, Any]:
 
 
 def _train(
-    trainer: AdapterTrainer, options: FinetuneOptions, resume_from: Path | None
+    trainer: AdapterTrainer,
+    options: FinetuneOptions,
+    resume_from: Path | None,
+    ranks: parallel.Ranks,
 ) -> dict[str, Any]:
     """Trains, evaluates before and after, and gives the figures of both."""
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     show = TrainingProgress()
     stop = StopOnSignal(
-        lambda: stderr.print("\nStopping after this step; once more stops at once.")
+        lambda: stderr.print("\nStopping after this step; once more stops at once."), ranks
     )
     trainer.add_callback(show)
     trainer.add_callback(stop)
@@ -358,16 +390,7 @@ def _how_to_resume(options: FinetuneOptions) -> str:
     return f"{whole[-1]} is whole; go on with: {_resume_command(options)}"
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return next(d.name for d in qn.list_devices() if d.device == "cpu")
-
-
-def _save_results(
-    folder: Path, model: Any, tokenizer: Any, base_model: str, content: dict[str, Any]
-) -> None:
-    qn.save_adapter(model, folder, base_model_name_or_path=base_model, overwrite=True)
+def _save_results(folder: Path, tokenizer: Any, content: dict[str, Any]) -> None:
     # The tokenizer writes several files by itself; they are moved in one by one, each whole.
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder) as temporary:
         tokenizer.save_pretrained(temporary)

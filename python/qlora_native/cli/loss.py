@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qlora_native.cli.parallel import Ranks
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
@@ -20,25 +22,56 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 @torch.no_grad()
 def mean_token_loss(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], dtype: torch.dtype
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
 ) -> tuple[float, int]:
     """Mean cross-entropy per predicted token in nats, and the number of those tokens.
 
     Every token weighs the same, however sequences fall into batches. Sums are fp64, so that the
     same batches give the same number in another process.
+
+    Args:
+        ranks: those that share the work, with the same batches each.
     """
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in batches:
+    for batch, is_counted in _share(batches, ranks):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         tokens = int((batch["labels"][:, 1:] >= 0).sum())
         with autocast(model.device, dtype):
             loss = model(**batch).loss
-        total += loss.double().item() * tokens
-        count += tokens
+        if is_counted:
+            total += loss.double().item() * tokens
+            count += tokens
     model.train(was_training)
+    if ranks is not None:
+        total, counted = ranks.sum([total, count])
+        count = int(counted)
     return total / count, count
+
+
+def _share(
+    batches: Iterable[dict[str, Tensor]], ranks: Ranks | None
+) -> Iterator[tuple[dict[str, Tensor], bool]]:
+    """A rank's batches, as many on each: a sharded model needs all ranks in every forward pass.
+
+    In the last turn, those for whom no batch is left run another one, which does not count.
+    """
+    if ranks is None or ranks.size == 1:
+        for batch in batches:
+            yield batch, True
+        return
+    turn: list[dict[str, Tensor]] = []
+    for batch in batches:
+        turn.append(batch)
+        if len(turn) == ranks.size:
+            yield turn[ranks.rank], True
+            turn = []
+    if turn:
+        yield turn[min(ranks.rank, len(turn) - 1)], ranks.rank < len(turn)
 
 
 def perplexity(loss: float) -> float:

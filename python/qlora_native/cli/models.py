@@ -17,6 +17,7 @@ from qlora_native.cli.loading import Placement, first_line, hub_arguments, load_
 from qlora_native.hf import QLoRANativeConfig
 from qlora_native.hf.bitsandbytes_models import bitsandbytes_config
 from qlora_native.hf.config import QUANT_METHOD
+from qlora_native.hf.meta import meta_model
 from qlora_native.hf.packing import PackObserver, observe_packing
 from qlora_native.nn import Linear4bit
 
@@ -205,6 +206,12 @@ def load_quantized(options: Any, where: Placement, progress: PackObserver | None
         if isinstance(module, Linear4bit):
             module.compute_dtype = where.dtype
     return model
+
+
+def without_weights(options: Any, where: Placement) -> Any:
+    """The model that `load_quantized` gives, on the meta device."""
+    config = quantization_config(options, compute_dtype=where.dtype)
+    return meta_model(load_config(options.model), config, where.dtype, counts=False)
 
 
 def load_for_inference(options: Any, where: Placement, progress: PackObserver | None) -> Any:

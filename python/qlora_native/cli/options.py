@@ -147,6 +147,18 @@ class FinetuneOptions(ModelOptions):
     overwrite: Annotated[
         bool, option("Replace a previous run in the output folder.", _OUTPUT, "--overwrite")
     ] = False
+    fsdp: Annotated[
+        bool,
+        option(
+            "Split weights, adapter and optimizer over the GPUs (FSDP2), where torchrun or "
+            "accelerate launch started several processes; without it each has all of them.",
+            _HARDWARE,
+            "--fsdp",
+        ),
+    ] = False
+    rank_timeout: Annotated[
+        int, option("Seconds that one process waits for the others.", _HARDWARE)
+    ] = 1800
     resume: Annotated[
         bool, option("Continue from the last checkpoint in the output folder.", _OUTPUT, "--resume")
     ] = False

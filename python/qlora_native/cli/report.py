@@ -43,6 +43,13 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident in the process"
 
 
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return next(d.name for d in qn.list_devices() if d.device == "cpu")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes the report; a non-finite number becomes null, which JSON can hold."""
     with atomic_write(path) as temporary:

@@ -11,19 +11,25 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.utils.data import DataLoader
 from transformers.trainer_callback import TrainerCallback
 
 import qlora_native as qn
+from qlora_native import optim
 from qlora_native.cli.data import Collator, Sequences
 from qlora_native.cli.loss import mean_token_loss
+from qlora_native.cli.parallel import Ranks
 from qlora_native.hf.optimizers import OPTIMIZERS, optimizer_cls_and_kwargs
 
+SCHEDULER_NAME = "scheduler.pt"
+_SHARDS = "optimizer_shards"
 _STAGING = ".checkpoint-incomplete"
 
 
@@ -61,7 +67,15 @@ class AdapterTrainer(transformers.Trainer):
         base_model: str,
         dtype: torch.dtype,
         optimizer: str,
+        ranks: Ranks,
+        sharded: bool = False,
     ) -> None:
+        """Takes the arguments of Trainer that a fine-tuning run has.
+
+        Args:
+            ranks: the processes that train together.
+            sharded: the model is split over them.
+        """
         super().__init__(
             model=model,
             args=args,
@@ -74,6 +88,14 @@ class AdapterTrainer(transformers.Trainer):
         )
         self._base_model = base_model
         self._dtype = dtype
+        self._ranks = ranks
+        self._sharded = sharded
+        if sharded:
+            # It is in its places and reduces its gradients: nothing is to be put around it.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, **_: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
         self._staging: Path | None = None
         self._paused = 0.0
 
@@ -85,8 +107,13 @@ class AdapterTrainer(transformers.Trainer):
     ) -> dict[str, float]:
         """The loss per token, weighted by token (Trainer's own weighs by batch)."""
         start = time.perf_counter()
-        loader = self.get_eval_dataloader(eval_dataset)
-        loss, tokens = mean_token_loss(self.model, loader, self._dtype)
+        # A plain one: Trainer's would repeat sequences to give every rank as many.
+        loader = DataLoader(
+            eval_dataset or self.eval_dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=self.data_collator,
+        )
+        loss, tokens = mean_token_loss(self.model, loader, self._dtype, self._ranks)
         seconds = time.perf_counter() - start
         self._paused += seconds
         metrics = {
@@ -113,10 +140,26 @@ class AdapterTrainer(transformers.Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = load_state(checkpoint)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter, of which every rank of a sharded model has a part."""
         target = Path(output_dir or self.args.output_dir)
-        target.mkdir(parents=True, exist_ok=True)
-        qn.save_adapter(self.model, target, base_model_name_or_path=self._base_model)
+        save_adapter(self.model, target, self._base_model, self._ranks, self._sharded)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optim.save_distributed(self.optimizer.optimizer, Path(output_dir) / _SHARDS)
+        if self._ranks.is_main:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / _SHARDS).is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optim.load_distributed(self.optimizer.optimizer, Path(checkpoint) / _SHARDS)
+        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -129,15 +172,23 @@ class AdapterTrainer(transformers.Trainer):
             # A step has one state; it was saved when the step ended.
             return
         self._staging = folder / _STAGING
-        shutil.rmtree(self._staging, ignore_errors=True)
+        with self._ranks.main_first():
+            if self._ranks.is_main:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                (self._staging / final.name).mkdir(parents=True)
         try:
             super()._save_checkpoint(model, trial)
-            _sync_tree(self._staging / final.name)
-            (self._staging / final.name).replace(final)
+            self._ranks.wait()
+            if self._ranks.is_main:
+                _sync_tree(self._staging / final.name)
+                (self._staging / final.name).replace(final)
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if self._ranks.is_main:
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        self._delete_old(folder)
+        if self._ranks.is_main:
+            self._delete_old(folder)
+        self._ranks.wait()
         self._paused += time.perf_counter() - start
 
     def _delete_old(self, folder: Path) -> None:
@@ -157,6 +208,20 @@ class AdapterTrainer(transformers.Trainer):
         qn.load_adapter(model or self.model, resume_from_checkpoint, trainable=True)
 
 
+def save_adapter(
+    model: torch.nn.Module, folder: Path, base_model: str, ranks: Ranks, sharded: bool
+) -> None:
+    """Writes the adapter on rank 0, with the parts of all ranks if the model is split over them."""
+    arguments = {"base_model_name_or_path": base_model, "overwrite": True}
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        qn.save_adapter(model, folder, **arguments)
+    elif sharded:
+        # Every rank has to send its parts, and so comes to have all.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            qn.save_adapter(model, elsewhere, **arguments)
+
+
 def _sync_tree(folder: Path) -> None:
     """Forces the files to the disk, so that the rename cannot get there before them."""
     for path in [*folder.rglob("*"), folder]:
@@ -173,9 +238,10 @@ class StopOnSignal(TrainerCallback):
     Use as a context manager around `Trainer.train`.
     """
 
-    def __init__(self, announce: Any) -> None:
+    def __init__(self, announce: Any, ranks: Ranks) -> None:
         self.received: int | None = None
         self._announce = announce
+        self._ranks = ranks
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -196,8 +262,9 @@ class StopOnSignal(TrainerCallback):
         self._announce()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Asks for a checkpoint and the end of training when a signal has come."""
-        if self.received is not None:
+        """Asks for a checkpoint and the end of training when a signal has come to any rank."""
+        if self._ranks.any(self.received is not None):
+            self.received = self.received or signal.SIGTERM
             control.should_save = True
             control.should_training_stop = True
         return control

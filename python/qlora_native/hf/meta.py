@@ -13,15 +13,16 @@ from qlora_native.hf.import_hook import require
 _ATTENTION = "qlora_native_meta"
 
 
-def meta_model(config: Any, quantization: QLoRANativeConfig, dtype: torch.dtype) -> Any:
+def meta_model(
+    config: Any, quantization: QLoRANativeConfig, dtype: torch.dtype, *, counts: bool = True
+) -> Any:
     """The model of a configuration on the meta device, with 4-bit layers by `quantization`.
-
-    Its attention saves what a fused kernel does, and computes nothing: torch's own takes other
-    kernels on the meta device than on a GPU.
 
     Args:
         config: of transformers, of a causal language model.
         dtype: of what is not in 4 bits.
+        counts: the model is for counting: its attention saves what a fused kernel does, and
+            computes nothing. torch's own takes other kernels on the meta device than on a GPU.
 
     Raises:
         ValueError: transformers has no such model.
@@ -35,7 +36,7 @@ def meta_model(config: Any, quantization: QLoRANativeConfig, dtype: torch.dtype)
     config = type(config).from_dict(config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    arguments = {"dtype": dtype, "attn_implementation": _ATTENTION}
+    arguments = {"dtype": dtype} | ({"attn_implementation": _ATTENTION} if counts else {})
     with torch.device("meta"):
         try:
             model = transformers.AutoModelForCausalLM.from_config(config, **arguments)
@@ -46,6 +47,8 @@ def meta_model(config: Any, quantization: QLoRANativeConfig, dtype: torch.dtype)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         quantizer = QLoRANativeQuantizer(quantization, pre_quantized=True)
         quantizer.preprocess_model(model, device_map=None, dtype=dtype)
+    # As from_pretrained leaves it: Trainer asks it whether the model can be trained.
+    model.hf_quantizer = quantizer
     return model
 
 

@@ -8,6 +8,7 @@ The names that begin with Paged are those that bitsandbytes has, for scripts tha
 
 from __future__ import annotations
 
+from qlora_native.optim._distributed import load_distributed, save_distributed
 from qlora_native.optim.adamw import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit
 from qlora_native.optim.lion import Lion, Lion8bit, PagedLion, PagedLion8bit, PagedLion32bit
 
@@ -22,4 +23,6 @@ __all__ = [
     "PagedLion",
     "PagedLion8bit",
     "PagedLion32bit",
+    "load_distributed",
+    "save_distributed",
 ]

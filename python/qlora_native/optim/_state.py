@@ -104,8 +104,8 @@ def require_resharding(states: Mapping[Any, Any]) -> None:
             raise NotImplementedError(
                 f"the state of a parameter of shape {tuple(param.shape)} that is split over ranks "
                 f"(a DTensor) has {', '.join(plain)} as plain tensors, which distributed "
-                "checkpoints take for the same on every rank: for checkpoints, use bits=32 and "
-                "paged=False with sharded parameters"
+                "checkpoints take for the same on every rank: use optim.save_distributed, or "
+                "bits=32 and paged=False"
             )
 
 

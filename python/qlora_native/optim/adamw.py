@@ -27,7 +27,7 @@ class AdamW(NativeOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled from the gradient.
         bits: of the state, 32 or 8. With parameters that are split over ranks (DTensors),
-            `state_dict` is for 32-bit states that are not paged.
+            `state_dict` is for 32-bit states that are not paged; `save_distributed` for all.
         paged: keep the state in paged memory, in the pool of its device that the process shares, or
             in the pool that is given (`qlora_native.memory.PagedPool`, for another backing or
             budget). It can then leave the GPU, and a step brings what is not there, in parts, while
