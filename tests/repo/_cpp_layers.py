@@ -31,7 +31,10 @@ LAYERS = (
     Layer("formats", _public("codebook", "views", "quantized", "safetensors", "quantized_matrix")),
     Layer(
         "operations",
-        (*_public("quantize", "dequantize", "matmul", "optimizer", "memory", "paged_optimizer"), *_public("dropout", "lora")),
+        (
+            *_public("quantize", "dequantize", "matmul", "optimizer", "memory", "paged_optimizer"),
+            *_public("dropout", "lora"),
+        ),
     ),
     Layer("kernels", _public("kernels")),
     Layer("umbrella", _public("qlora_native")),
