@@ -10,7 +10,7 @@ import torch
 from qlora_native import _eager, _lora_ops
 from qlora_native._eager import needs_grad
 from qlora_native._library import LIBRARY
-from qlora_native._lora_ops import Layer
+from qlora_native._lora_layers import Layer, layers_of, operator_lists
 
 _ops = torch.ops.qlora_native
 
@@ -58,7 +58,7 @@ class LinearLora(torch.autograd.Function):
         x: torch.Tensor, rng: torch.Tensor | None, dropout_p: float, *flat: Any
     ) -> tuple[torch.Tensor, ...]:
         bias, layers = _unflat(flat)
-        arguments = (x, rng, dropout_p, bias, *_lora_ops.operator_lists(layers))
+        arguments = (x, rng, dropout_p, bias, *operator_lists(layers))
         seen = [x, *bias, *_tensors(layers)]
         return tuple(_run(_lora_ops.linear_4bit_lora, _ops.linear_4bit_lora, seen, *arguments))
 
@@ -103,7 +103,7 @@ class LinearLora(torch.autograd.Function):
         if needs_x or any(wants_a) or any(wants_b):
             kernel, operator = (_lora_ops.linear_4bit_lora_backward, _ops.linear_4bit_lora_backward)
             wants = (needs_x, list(wants_a), list(wants_b))
-            arguments = (dy, x, t, rng, ctx.dropout_p, *wants, *_lora_ops.operator_lists(layers))
+            arguments = (dy, x, t, rng, ctx.dropout_p, *wants, *operator_lists(layers))
             results = iter(_run(kernel, operator, [*dy, x, t, *_tensors(layers)], *arguments))
         dx = next(results) if needs_x else None
         da = [next(results) if wants else None for wants in wants_a]
@@ -127,7 +127,7 @@ def linear_4bit_lora(
     seen = [x, *bias, *_tensors(layers)]
     if needs_grad(*seen):
         return list(LinearLora.apply(x, rng, dropout_p, *_flat(bias, layers))[:-1])
-    arguments = (x, rng, dropout_p, list(bias), *_lora_ops.operator_lists(layers))
+    arguments = (x, rng, dropout_p, list(bias), *operator_lists(layers))
     return _run(_lora_ops.linear_4bit_lora, _ops.linear_4bit_lora, seen, *arguments)[:-1]
 
 
@@ -138,7 +138,7 @@ def _autograd_kernel(
     bias: Sequence[torch.Tensor | None],
     *lists: Any,
 ) -> list[torch.Tensor]:
-    layers = _lora_ops.layers_of(*lists)
+    layers = layers_of(*lists)
     if needs_grad(x, *bias, *_tensors(layers)):
         return list(LinearLora.apply(x, rng, dropout_p, *_flat(bias, layers)))
     with torch._C._AutoDispatchBelowAutograd():

@@ -8,85 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from qlora_native import _C, _checks, _library
-from qlora_native._weight import Weight, address, device_code, stream_and_threads
+from qlora_native import _C, _checks, _library, _lora_layers
+from qlora_native._lora_layers import Layer, all_a, layers_of, rank_slices, weight_of
+from qlora_native._weight import address, device_code, stream_and_threads
 
-_LAYERS = (
-    "Tensor[] a, Tensor[] b, float[] scaling, "
-    "Tensor[] packed, Tensor[] absmax, Tensor?[] absmax2, Tensor?[] offset, "
-    "SymInt[] shapes, int[] block_sizes, str[] quant_types, float[] codebooks"
-)
 # Results: y of every layer, then t [M, the sum of the ranks], which the backward pass takes.
 FORWARD = (
     "linear_4bit_lora(Tensor x, Tensor? rng, float dropout_p, Tensor?[] bias, "
-    f"{_LAYERS}) -> Tensor[]"
+    f"{_lora_layers.SCHEMA}) -> Tensor[]"
 )
 # Results: dx, every da, every db, without those that are not wanted.
 BACKWARD = (
     "linear_4bit_lora_backward(Tensor[] dy, Tensor? x, Tensor? t, Tensor? rng, float dropout_p, "
-    f"bool wants_dx, bool[] wants_da, bool[] wants_db, {_LAYERS}) -> Tensor[]"
+    f"bool wants_dx, bool[] wants_da, bool[] wants_db, {_lora_layers.SCHEMA}) -> Tensor[]"
 )
-
-
-class Layer(NamedTuple):
-    """One 4-bit weight and its adapter.
-
-    Attributes:
-        a: [r, in_features], of x's dtype or fp32.
-        b: [out_features, r], likewise.
-        scaling: the factor of the adapter's product.
-        weight: the arguments by which every operator takes a 4-bit weight.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-    weight: tuple[Any, ...]
-
-
-def operator_lists(layers: Sequence[Layer]) -> tuple[list[Any], ...]:
-    """Return the arguments that `_LAYERS` declares."""
-    a, b, scaling, weights = zip(*layers, strict=True)
-    packed, absmax, absmax2, offset, shapes, block_sizes, quant_types, books = zip(
-        *weights, strict=True
-    )
-    return (
-        list(a), list(b), list(scaling), list(packed), list(absmax), list(absmax2), list(offset),
-        [size for shape in shapes for size in shape], list(block_sizes), list(quant_types),
-        [value for book in books if book is not None for value in book],
-    )  # fmt: skip
-
-
-def layers_of(
-    a: Sequence[torch.Tensor],
-    b: Sequence[torch.Tensor],
-    scaling: Sequence[float],
-    packed: Sequence[torch.Tensor],
-    absmax: Sequence[torch.Tensor],
-    absmax2: Sequence[torch.Tensor | None],
-    offset: Sequence[torch.Tensor | None],
-    shapes: Sequence[int],
-    block_sizes: Sequence[int],
-    quant_types: Sequence[str],
-    codebooks: Sequence[float],
-) -> list[Layer]:
-    """Return the layers that `operator_lists` made lists of."""
-    books = iter(codebooks)
-    layers = []
-    for i, quant_type in enumerate(quant_types):
-        book = [next(books) for _ in range(16)] if quant_type == "custom" else None
-        weight = (
-            packed[i], absmax[i], absmax2[i], offset[i], shapes[2 * i : 2 * i + 2],
-            block_sizes[i], quant_type, book,
-        )  # fmt: skip
-        layers.append(Layer(a[i], b[i], scaling[i], weight))
-    return layers
 
 
 def _check_layers(
@@ -101,11 +41,6 @@ def _check_layers(
         _checks.check_adapter(layer.a, layer.b, x, parts[4])
 
 
-def _weight(layer: Layer) -> Weight:
-    *parts, quant_type, codebook = layer.weight
-    return Weight(*parts, _checks.codebook(quant_type, codebook))
-
-
 def _dropout(p: float, rng: torch.Tensor | None) -> _C.Dropout:
     """Return the dropout of probability `p` with the seed and offset in `rng`, on the host."""
     seed, offset = (0, 0) if rng is None else rng.tolist()
@@ -113,22 +48,6 @@ def _dropout(p: float, rng: torch.Tensor | None) -> _C.Dropout:
 
 
 _NO_DROPOUT = _C.Dropout.make(p=0.0, seed=0, offset=0)
-
-
-def _rank_slices(layers: Sequence[Layer]) -> list[slice]:
-    """Return which columns of t, rows of all A, are of which layer."""
-    ends = [0]
-    for layer in layers:
-        ends.append(ends[-1] + layer.a.shape[0])
-    return [slice(*ends) for ends in pairwise(ends)]
-
-
-def _all_a(layers: Sequence[Layer], dtype: torch.dtype) -> torch.Tensor:
-    """Return the A of all layers, one below the other, in their own dtype if they have one."""
-    if len(layers) == 1:
-        return layers[0].a
-    dtypes = {layer.a.dtype for layer in layers}
-    return torch.cat([layer.a if len(dtypes) == 1 else layer.a.to(dtype) for layer in layers])
 
 
 def _rows(x: torch.Tensor, cols: int) -> torch.Tensor:
@@ -239,11 +158,11 @@ def linear_4bit_lora(
     *outputs, t = results
     rows, row_stride = _library.as_rows(x, x.shape[-1])
     dropout = _dropout(dropout_p, rng)
-    _project(rows, _all_a(layers, x.dtype), False, 1.0, dropout, t)
-    for y, one_bias, layer, ranks in zip(outputs, bias, layers, _rank_slices(layers), strict=True):
+    _project(rows, all_a(layers, x.dtype), False, 1.0, dropout, t)
+    for y, one_bias, layer, ranks in zip(outputs, bias, layers, rank_slices(layers), strict=True):
         y = y.view(rows.shape[0], y.shape[-1])
         one_bias = None if one_bias is None else one_bias.contiguous()
-        _library.product(rows, row_stride, one_bias, _weight(layer), y)
+        _library.product(rows, row_stride, one_bias, weight_of(layer), y)
         _update(t[:, ranks], layer.b, False, layer.scaling, _NO_DROPOUT, y)
     return results
 
@@ -280,7 +199,7 @@ def linear_4bit_lora_backward(
     """The operator's kernel on a CPU and on CUDA devices."""
     layers = layers_of(*lists)
     _check_backward(dy, x, t, rng, dropout_p, wants_da, wants_db, layers)
-    slices = _rank_slices(layers)
+    slices = rank_slices(layers)
     dropout = _dropout(dropout_p, rng)
     rows = [_rows(one, one.shape[-1]) for one in dy]
     grads = []
@@ -293,8 +212,8 @@ def linear_4bit_lora_backward(
         out = dx.view(rows[0].shape[0], dx.shape[-1])
         for i, (one, layer) in enumerate(zip(rows, layers, strict=True)):
             row_stride = one.stride(0) if one.shape[0] > 1 else one.shape[1]
-            _library.product_dx(one, row_stride, _weight(layer), out, adds=i > 0)
-        _update(u, _all_a(layers, dx.dtype), True, 1.0, dropout, out)
+            _library.product_dx(one, row_stride, weight_of(layer), out, adds=i > 0)
+        _update(u, all_a(layers, dx.dtype), True, 1.0, dropout, out)
         grads.append(dx)
     if any(wants_da):
         x_rows = _rows(x, x.shape[-1])

@@ -15,7 +15,7 @@ import torch
 
 from qlora_native import _autograd, _checks, _eager, _lora_autograd
 from qlora_native._checks import QUANT_TYPES
-from qlora_native._lora_ops import Layer
+from qlora_native._lora_layers import Layer
 
 __all__ = [
     "QUANT_TYPES",
