@@ -12,7 +12,7 @@ add_library(qlora_native_objects OBJECT
   cpp/src/json.cpp cpp/src/mapped_file.cpp cpp/src/quantization_config.cpp
   cpp/src/quantized_matrix.cpp cpp/src/safetensors.cpp cpp/src/safetensors_checkpoint.cpp
   cpp/src/c_api_guard.cpp cpp/src/c_api_arguments.cpp cpp/src/c_api_operations.cpp
-  cpp/src/c_api_memory.cpp cpp/src/c_api_optimizer.cpp cpp/src/c_api_queries.cpp
+  cpp/src/c_api_lora.cpp cpp/src/c_api_memory.cpp cpp/src/c_api_optimizer.cpp cpp/src/c_api_queries.cpp
   cpp/src/c_api_optimizer_arguments.cpp cpp/src/c_api_paged_optimizer.cpp
   ${QLORA_NATIVE_CPU_SOURCES})
 qn_configure_target(qlora_native_objects)

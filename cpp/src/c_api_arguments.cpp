@@ -57,6 +57,11 @@ void check_reserved(const char* function, const char* what, int32_t reserved) {
   }
 }
 
+bool to_bool(const char* function, const char* what, int32_t value) {
+  check_enum(function, what, value, 2);
+  return value != 0;
+}
+
 DType to_dtype(const char* function, qn_dtype dtype) {
   check_enum(function, "dtype", dtype, QN_BFLOAT16 + 1);
   return static_cast<DType>(dtype);
@@ -86,6 +91,10 @@ Codebook to_codebook(const char* function, qn_quant_type type, const float* cust
   return type == QN_NF4 ? kNF4 : type == QN_FP4 ? kFP4 : kINT4;
 }
 
+QuantizedView to_weight_view(const char* function, const char* what, const qn_weight* weight) {
+  return read_only(to_weight(function, what, weight));
+}
+
 QuantizeArgs to_args(const char* function, const qn_quantize_args* given) {
   const qn_quantize_args args = read_struct(function, "args", given);
   check_reserved(function, "args", args.reserved);
@@ -103,7 +112,7 @@ DequantizeArgs to_args(const char* function, const qn_dequantize_args* given) {
   check_reserved(function, "args", args.reserved);
   const DType dtype = to_dtype(function, args.dtype);
   check_alignment(function, "output", args.output, size_bytes(dtype));
-  const QuantizedView weight = read_only(to_weight(function, "weight", args.weight));
+  const QuantizedView weight = to_weight_view(function, "weight", args.weight);
   return {.weight = weight, .output = {args.output, count_elements(weight), dtype, weight.device}};
 }
 
@@ -114,7 +123,7 @@ MatmulArgs to_args(const char* function, const qn_matmul_args* given) {
   check_alignment(function, "x", args.x, size_bytes(dtype));
   check_alignment(function, "bias", args.bias, size_bytes(dtype));
   check_alignment(function, "y", args.y, size_bytes(dtype));
-  const QuantizedView weight = read_only(to_weight(function, "weight", args.weight));
+  const QuantizedView weight = to_weight_view(function, "weight", args.weight);
   return {.x = {args.x, args.m, weight.cols, args.x_row_stride, dtype, weight.device},
           .weight = weight,
           .bias = {args.bias, weight.rows, dtype, weight.device},
@@ -127,7 +136,7 @@ MatmulTransposedArgs to_args(const char* function, const qn_matmul_transposed_ar
   const DType dtype = to_dtype(function, args.dtype);
   check_alignment(function, "dy", args.dy, size_bytes(dtype));
   check_alignment(function, "dx", args.dx, size_bytes(dtype));
-  const QuantizedView weight = read_only(to_weight(function, "weight", args.weight));
+  const QuantizedView weight = to_weight_view(function, "weight", args.weight);
   return {.dy = {args.dy, args.m, weight.rows, args.dy_row_stride, dtype, weight.device},
           .weight = weight,
           .dx = {args.dx, args.m, weight.cols, args.dx_row_stride, dtype, weight.device}};

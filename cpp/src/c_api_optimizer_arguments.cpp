@@ -9,11 +9,6 @@
 namespace qlora_native::c_api {
 namespace {
 
-bool to_bool(const char* function, const char* what, int32_t value) {
-  check_enum(function, what, value, 2);
-  return value != 0;
-}
-
 /// Refuses a negative count, and an array that is missing.
 size_t to_count(const char* function, const char* what, const void* array, int64_t count) {
   if (count < 0) {

@@ -28,6 +28,7 @@ bool is_filled(const void* data, unsigned char value, size_t bytes);
 void test_operations(void);
 void test_optimizer(void);
 void test_paged_optimizer(void);
+void test_lora(void);
 void test_queries(void);
 void test_kernels(void);
 void test_memory(void);

@@ -11,6 +11,7 @@ static const struct {
     {"operations", test_operations},
     {"optimizer", test_optimizer},
     {"paged_optimizer", test_paged_optimizer},
+    {"lora", test_lora},
     {"queries", test_queries},
     {"kernels", test_kernels},
     {"memory", test_memory},

@@ -38,7 +38,10 @@ LAYERS = (
     ),
     Layer("kernels", _public("kernels")),
     Layer("umbrella", _public("qlora_native")),
-    Layer("c_abi", _public("c_api", "c_api_memory", "c_api_optimizer", "c_api_paged_optimizer")),
+    Layer(
+        "c_abi",
+        _public("c_api", "c_api_lora", "c_api_memory", "c_api_optimizer", "c_api_paged_optimizer"),
+    ),
     Layer(
         "backend",
         (
