@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,11 +46,13 @@ def program(tmp_path_factory):
         pytest.skip("there is no CMake or no C++ compiler")
     build = tmp_path_factory.mktemp("nf4_infer")
     package = f"-Dqlora_native_DIR={core_package()}"
+    # What other tests load sets compilers for itself.
+    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX")}
     for command in (
         ["cmake", "-S", SOURCE, "-B", build, package, "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"],
         ["cmake", "--build", build, "--parallel", "2"],
     ):
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stdout + result.stderr
     return build / "nf4_infer"
 
