@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,10 @@ BUILD = ROOT / "build" / "install"
 # The core compiles in the first test that needs it.
 LIMIT_S = 1800
 LIBRARIES = ("shared", "static")
+VERSION = re.search(
+    r'kVersion = "([^"]+)"', (ROOT / "cpp/include/qlora_native/version.h").read_text()
+)[1]
+ABI = VERSION.split(".")[0]
 
 
 def need(*programs: str) -> None:

@@ -7,8 +7,10 @@ import re
 import pytest
 
 from _prefix import (
+    ABI,
     LIBRARIES,
     LIMIT_S,
+    VERSION,
     attempt,
     build_project,
     configure,
@@ -20,6 +22,7 @@ from _prefix import (
 
 pytestmark = pytest.mark.timeout(LIMIT_S)
 
+MAJOR, MINOR, _ = VERSION.split(".")
 PROJECT = """
 cmake_minimum_required(VERSION 3.25)
 project(consumer LANGUAGES {languages})
@@ -84,14 +87,15 @@ def test_a_component_is_the_library_that_is_linked(consumer, library, languages)
         ("REQUIRED", "shared"),
         ("REQUIRED COMPONENTS static", "static"),
         ("REQUIRED COMPONENTS static shared", "shared"),
-        ("0.1 REQUIRED OPTIONAL_COMPONENTS cuda", "shared"),
+        (f"{MAJOR}.{MINOR} REQUIRED OPTIONAL_COMPONENTS cuda", "shared"),
     ],
 )
 def test_the_target_is_that_of_the_component(consumer, arguments, target):
     result = configure(*consumer(arguments))
     assert result.returncode == 0, result.stderr
     assert f"target=qlora_native::{target} " in result.stdout
-    assert re.search(r"cuda=(OFF|FALSE) abi=0 version=0\.1\.0$", result.stdout, re.MULTILINE)
+    facts = rf"cuda=(OFF|FALSE) abi={ABI} version={re.escape(VERSION)}$"
+    assert re.search(facts, result.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_the_target_is_that_of_the_component(consumer, arguments, target):
         ("COMPONENTS cuda", ["lacks the component 'cuda'", "-DQLORA_NATIVE_CUDA=ON"]),
         ("COMPONENTS shard", ["lacks the component 'shard'", "only shared, static and cuda"]),
         ("COMPONENTS static cuda shard", ["component 'cuda'", "component 'shard'"]),
-        ("0.2", ["version: 0.1.0"]),
+        (f"{MAJOR}.{int(MINOR) + 1}", [f"version: {VERSION}"]),
     ],
 )
 def test_what_is_missing_is_said(consumer, prefix, arguments, reasons):
@@ -115,7 +119,7 @@ def test_what_is_missing_is_said(consumer, prefix, arguments, reasons):
 def test_what_is_missing_but_not_required_is_said_too(consumer):
     result = configure(*consumer("COMPONENTS cuda"))
     assert result.returncode == 0
-    assert "not found: qlora_native 0.1.0 in " in result.stdout
+    assert f"not found: qlora_native {VERSION} in " in result.stdout
 
 
 def test_a_prefix_with_one_library_has_that_one(core, consumer, tmp_path):
@@ -144,7 +148,7 @@ def test_pkg_config_links_the_static_library_too(prefix, tmp_path):
     run("gcc", source, *flags, "-o", tmp_path / "consumer")
     run(tmp_path / "consumer")
     assert "qlora_native" not in linked_libraries(tmp_path / "consumer")
-    assert run("pkg-config", "--modversion", "qlora_native", env=at).strip() == "0.1.0"
+    assert run("pkg-config", "--modversion", "qlora_native", env=at).strip() == VERSION
 
 
 def test_a_build_needs_one_of_the_libraries(core, tmp_path):
@@ -167,4 +171,5 @@ def test_a_project_that_contains_this_one_builds_its_own_settings(core, tmp_path
     assert result.returncode == 0, result.stderr
     assert "target=qlora_native_shared type=()" in result.stdout
     assert not (tmp_path / "build" / "CPackConfig.cmake").exists()
-    assert "libqlora_native" not in (tmp_path / "build/qlora_native/cmake_install.cmake").read_text()
+    installed = (tmp_path / "build" / "qlora_native" / "cmake_install.cmake").read_text()
+    assert "libqlora_native" not in installed
