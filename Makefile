@@ -85,6 +85,10 @@ bench: build
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS)
 
+docs: build
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
 # From the sdist, as on any other machine. The tag says what the wheel runs on: this machine's glibc
 # or a newer one.
 wheel: bootstrap
