@@ -78,12 +78,15 @@ std::pair<std::string, bool> selected_kernel(const std::string& op_name, int64_t
 
 void bind_kernels(nb::module_& m) {
   nb::class_<qn::KernelInfo>(m, "KernelInfo", "A kernel of this build.")
-      .def_prop_ro("op", [](const qn::KernelInfo& info) { return std::string(qn::name(info.op)); })
-      .def_prop_ro("device",
-                   [](const qn::KernelInfo& info) { return std::string(qn::name(info.device)); })
-      .def_ro("name", &qn::KernelInfo::name)
-      .def_ro("usable", &qn::KernelInfo::usable)
-      .def_ro("why_not", &qn::KernelInfo::why_not)
+      .def_prop_ro(
+          "op", [](const qn::KernelInfo& info) { return std::string(qn::name(info.op)); },
+          "The operation: \"quantize_4bit\", \"matmul_4bit\", ...")
+      .def_prop_ro(
+          "device", [](const qn::KernelInfo& info) { return std::string(qn::name(info.device)); },
+          "\"cpu\" or \"cuda\".")
+      .def_ro("name", &qn::KernelInfo::name, "Unique within an operation and a device.")
+      .def_ro("usable", &qn::KernelInfo::usable, "Whether this machine's hardware can run it.")
+      .def_ro("why_not", &qn::KernelInfo::why_not, "Why it is not usable, or an empty text.")
       .def("__repr__", [](const qn::KernelInfo& info) {
         return std::string("KernelInfo(") + qn::name(info.op) + ", " + qn::name(info.device) +
                ", " + info.name + (info.usable ? ")" : ", unusable: " + info.why_not + ")");

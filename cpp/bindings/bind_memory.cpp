@@ -147,17 +147,20 @@ nb::object staged_tensor(const qn::PagedPool& pool, uintptr_t address, std::vect
 
 void bind_stats(nb::module_& m) {
   using Stats = qn::PagedPoolStats;
-  nb::class_<Stats>(m, "PagedPoolStats", "What a pool holds and has moved; see memory.h.")
-      .def_ro("reserved_bytes", &Stats::reserved_bytes)
-      .def_ro("used_bytes", &Stats::used_bytes)
-      .def_ro("peak_used_bytes", &Stats::peak_used_bytes)
-      .def_ro("allocations", &Stats::allocations)
-      .def_ro("device_resident_bytes", &Stats::device_resident_bytes)
-      .def_ro("device_reserved_bytes", &Stats::device_reserved_bytes)
-      .def_ro("prefetches", &Stats::prefetches)
-      .def_ro("evictions", &Stats::evictions)
-      .def_ro("bytes_to_device", &Stats::bytes_to_device)
-      .def_ro("bytes_to_host", &Stats::bytes_to_host)
+  nb::class_<Stats>(m, "PagedPoolStats", "What a pool holds and has moved.")
+      .def_ro("reserved_bytes", &Stats::reserved_bytes, "Of all regions.")
+      .def_ro("used_bytes", &Stats::used_bytes, "Of live tensors, each rounded up to 256 bytes.")
+      .def_ro("peak_used_bytes", &Stats::peak_used_bytes, "The most that `used_bytes` has been.")
+      .def_ro("allocations", &Stats::allocations, "How many tensors are alive.")
+      .def_ro("device_resident_bytes", &Stats::device_resident_bytes,
+              "Of tensors, on the device, as far as the pool has moved them.")
+      .def_ro("device_reserved_bytes", &Stats::device_reserved_bytes,
+              "Device memory of the staging cache.")
+      .def_ro("prefetches", &Stats::prefetches,
+              "Tensors brought to the device before they were acquired.")
+      .def_ro("evictions", &Stats::evictions, "Tensors moved off the device.")
+      .def_ro("bytes_to_device", &Stats::bytes_to_device, "Moved so far.")
+      .def_ro("bytes_to_host", &Stats::bytes_to_host, "Moved so far.")
       .def("__repr__", [](const Stats& stats) {
         return "PagedPoolStats(used_bytes=" + std::to_string(stats.used_bytes) +
                ", reserved_bytes=" + std::to_string(stats.reserved_bytes) +

@@ -39,7 +39,8 @@ NB_MODULE(_C, m) {
   translate_to<qn::InvalidArgument>(PyExc_ValueError);
   translate_to<qn::OutOfMemory>(PyExc_MemoryError);
   translate_to<qn::Unsupported>(PyExc_NotImplementedError);
-  nb::exception<qn::CudaError>(m, "CudaError", PyExc_RuntimeError);
+  nb::exception<qn::CudaError>(m, "CudaError", PyExc_RuntimeError).doc() =
+      "The CUDA runtime or driver failed; the message says in which call.";
 
   const qn::BuildInfo build = qn::build_info();
   m.attr("__version__") = build.version;
@@ -51,16 +52,21 @@ NB_MODULE(_C, m) {
   m.attr("build_info") = build_info;
 
   nb::class_<qn::DeviceInfo>(m, "DeviceInfo", "A device that this build can use.")
-      .def_prop_ro("device", [](const qn::DeviceInfo& info) { return qn::to_string(info.device); })
-      .def_ro("name", &qn::DeviceInfo::name)
-      .def_ro("features", &qn::DeviceInfo::features)
-      .def_ro("memory_bytes", &qn::DeviceInfo::memory_bytes)
+      .def_prop_ro(
+          "device", [](const qn::DeviceInfo& info) { return qn::to_string(info.device); },
+          "\"cpu\" or \"cuda:0\".")
+      .def_ro("name", &qn::DeviceInfo::name, "What the manufacturer calls it.")
+      .def_ro("features", &qn::DeviceInfo::features,
+              "Instruction sets of a CPU; \"sm_90, 132 SMs\" of a GPU.")
+      .def_ro("memory_bytes", &qn::DeviceInfo::memory_bytes, "Of the whole device.")
       .def("__repr__", [](const qn::DeviceInfo& info) {
         return "DeviceInfo(" + qn::to_string(info.device) + ", " + info.name + ", " +
                info.features + ")";
       });
-  m.def("list_devices", &qn::list_devices);
-  m.def("cuda_unavailable_reason", &qn::cuda_unavailable_reason);
+  m.def("list_devices", &qn::list_devices,
+        "Return the devices that this build can use: the CPU, then the GPUs.");
+  m.def("cuda_unavailable_reason", &qn::cuda_unavailable_reason,
+        "Return why there is no GPU to use, or an empty text when there is one.");
 
   bind_cpu_threads(m);
   bind_kernels(m);

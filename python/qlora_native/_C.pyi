@@ -7,7 +7,7 @@ Kernels of qlora_native. Takes addresses; qlora_native.functional takes tensors.
 from collections.abc import Sequence
 
 class CudaError(RuntimeError):
-    pass
+    """The CUDA runtime or driver failed; the message says in which call."""
 
 build_info: dict = ...
 
@@ -15,17 +15,29 @@ class DeviceInfo:
     """A device that this build can use."""
 
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """ "cpu" or "cuda:0"."""
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the manufacturer calls it."""
+
     @property
-    def features(self) -> str: ...
+    def features(self) -> str:
+        """Instruction sets of a CPU; "sm_90, 132 SMs" of a GPU."""
+
     @property
-    def memory_bytes(self) -> int: ...
+    def memory_bytes(self) -> int:
+        """Of the whole device."""
+
     def __repr__(self) -> str: ...
 
-def list_devices() -> list[DeviceInfo]: ...
-def cuda_unavailable_reason() -> str: ...
+def list_devices() -> list[DeviceInfo]:
+    """Return the devices that this build can use: the CPU, then the GPUs."""
+
+def cuda_unavailable_reason() -> str:
+    """Return why there is no GPU to use, or an empty text when there is one."""
+
 def cpu_threads() -> int: ...
 def set_cpu_threads(threads: int) -> None: ...
 def use_openmp(library: str) -> bool:
@@ -39,15 +51,25 @@ class KernelInfo:
     """A kernel of this build."""
 
     @property
-    def op(self) -> str: ...
+    def op(self) -> str:
+        """The operation: "quantize_4bit", "matmul_4bit", ..."""
+
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """ "cpu" or "cuda"."""
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Unique within an operation and a device."""
+
     @property
-    def usable(self) -> bool: ...
+    def usable(self) -> bool:
+        """Whether this machine's hardware can run it."""
+
     @property
-    def why_not(self) -> str: ...
+    def why_not(self) -> str:
+        """Why it is not usable, or an empty text."""
+
     def __repr__(self) -> str: ...
 
 def list_kernels() -> list[KernelInfo]: ...
@@ -317,28 +339,48 @@ class EagerOps:
     ) -> object: ...
 
 class PagedPoolStats:
-    """What a pool holds and has moved; see memory.h."""
+    """What a pool holds and has moved."""
 
     @property
-    def reserved_bytes(self) -> int: ...
+    def reserved_bytes(self) -> int:
+        """Of all regions."""
+
     @property
-    def used_bytes(self) -> int: ...
+    def used_bytes(self) -> int:
+        """Of live tensors, each rounded up to 256 bytes."""
+
     @property
-    def peak_used_bytes(self) -> int: ...
+    def peak_used_bytes(self) -> int:
+        """The most that `used_bytes` has been."""
+
     @property
-    def allocations(self) -> int: ...
+    def allocations(self) -> int:
+        """How many tensors are alive."""
+
     @property
-    def device_resident_bytes(self) -> int: ...
+    def device_resident_bytes(self) -> int:
+        """Of tensors, on the device, as far as the pool has moved them."""
+
     @property
-    def device_reserved_bytes(self) -> int: ...
+    def device_reserved_bytes(self) -> int:
+        """Device memory of the staging cache."""
+
     @property
-    def prefetches(self) -> int: ...
+    def prefetches(self) -> int:
+        """Tensors brought to the device before they were acquired."""
+
     @property
-    def evictions(self) -> int: ...
+    def evictions(self) -> int:
+        """Tensors moved off the device."""
+
     @property
-    def bytes_to_device(self) -> int: ...
+    def bytes_to_device(self) -> int:
+        """Moved so far."""
+
     @property
-    def bytes_to_host(self) -> int: ...
+    def bytes_to_host(self) -> int:
+        """Moved so far."""
+
     def __repr__(self) -> str: ...
 
 class PagedPool:
