@@ -57,6 +57,7 @@ c_maximum_signature_line_length = 88
 suppress_warnings = ["duplicate_declaration.cpp"]
 
 # ---- Pages ----
+highlight_language = "none"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 copybutton_prompt_text = r"\$ "

@@ -33,10 +33,10 @@ def with_verbatim(lines: list[str]) -> list[str]:
     return [*found, "@endverbatim"] if inside else found
 
 
-def _block(lines: list[str], indent: str = "", mark: str = "") -> list[str]:
+def _block(lines: list[str]) -> list[str]:
     """Return lines of text as one comment of Doxygen's."""
-    body = with_verbatim([line.rstrip() for line in lines])
-    return [f"{indent}/**{mark}", *(f"{indent} * {line}".rstrip() for line in body), f"{indent} */"]
+    # Without asterisks down the side: Doxygen would keep those of lines that keep their form.
+    return ["/**", *with_verbatim([line.rstrip() for line in lines]), "*/"]
 
 
 def _text_of(comment: str) -> list[str]:
