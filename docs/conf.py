@@ -24,8 +24,8 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "figures",
+    "formulas",
     "headers",
-    "mathml",
     "names",
 ]
 exclude_patterns = ["_extensions", "README.md"]
@@ -69,4 +69,4 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
-html_math_renderer = "mathml"
+html_math_renderer = "formulas"
