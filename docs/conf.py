@@ -28,7 +28,7 @@ extensions = [
     "headers",
     "names",
 ]
-exclude_patterns = ["_extensions", "README.md"]
+exclude_patterns = ["_extensions"]
 nitpicky = False
 
 # ---- Python ----

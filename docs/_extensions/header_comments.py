@@ -88,10 +88,10 @@ def convert(text: str) -> str:
     """Return a header with Doxygen's comments."""
     # To Sphinx a struct and a typedef of its name are two declarations of one thing.
     text = re.sub(r"^typedef (struct (\w+) \{.*?^\}) \2;", r"\1;", text, flags=re.M | re.S)
-    # C has no enums of a fixed width: the values of such a type stand in an enum without a name.
+    # C11 has no enums of a fixed width: the values of such a type stand in an enum without a name.
     text = re.sub(
         r"^typedef int32_t (\w+);\nenum \{",
-        r"typedef int32_t \1; /* One of the values below. */\n\n/* Values of `\1`. */\nenum {",
+        r"/* An `int32_t` with one of these values. */\nenum \1 {",
         text,
         flags=re.M,
     )

@@ -18,8 +18,8 @@ _METADATA_KEY = "qlora_native"
 class Linear4bit(nn.Linear):
     """`y = x W^T + bias` with a frozen 4-bit `W` [out_features, in_features].
 
-    The packed state is frozen uint8 parameters, so that casts, sharding and serialization move bytes
-    only.
+    The packed state is frozen uint8 parameters, so that casts, sharding and serialization move
+    bytes only.
 
     Attributes:
         weight: packed codes, [out_features, in_features / 2]; flat [(n + 1) // 2], n = out * in,
