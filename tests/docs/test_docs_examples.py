@@ -62,6 +62,7 @@ def run_commands(blocks: list[Example], folder: Path) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "page", [p for p, blocks in BLOCKS.items() if any(b.language == "sh" for b in blocks)]
 )

@@ -82,6 +82,19 @@ def test_every_header_is_described(site, inventory, path):
     assert "<dt" in page.read_text()
 
 
+def test_every_command_and_option_is_described(site):
+    typer = pytest.importorskip("typer")
+    from qlora_native.cli import app
+
+    page = (site / "_generated" / "command_line.html").read_text()
+    text = re.sub(r"<[^>]+>", "", page)
+    for name, command in typer.main.get_command(app).commands.items():
+        assert f'id="{name}"' in page
+        for parameter in command.params:
+            for option in (*parameter.opts, *parameter.secondary_opts):
+                assert (option if option.startswith("-") else option.upper()) in text
+
+
 def test_functions_are_found_in_headers():
     header = "QN_API int f(int a);\n// QN_API int g();\nQN_API qn_status\nh(void);\nint i();\n"
     assert functions_of(header) == {"f", "h"}
