@@ -37,6 +37,24 @@ QuantizedView read_only(const MutableQuantizedView& view) {
           .device = view.device};
 }
 
+QuantizedStackView to_stack(const char* function, const qn_weight_stack* given) {
+  const qn_weight_stack stack = read_struct(function, "weights", given);
+  return {.first = read_only(to_weight(function, "first", stack.first)),
+          .count = stack.count,
+          .packed_stride = stack.packed_stride,
+          .absmax_stride = stack.absmax_stride,
+          .absmax2_stride = stack.absmax2_stride,
+          .offset_stride = stack.offset_stride};
+}
+
+GroupEnds to_ends(const char* function, const void* ends, qn_index_type type,
+                  const QuantizedStackView& stack) {
+  check_enum(function, "index_type", type, QN_INT64 + 1);
+  const int64_t bytes = type == QN_INT32 ? sizeof(int32_t) : sizeof(int64_t);
+  check_alignment(function, "group_ends", ends, bytes);
+  return {ends, stack.count, static_cast<IndexType>(type), stack.first.device};
+}
+
 /// The number of elements; anything for dimensions that the operation is going to refuse.
 template <class View>
 int64_t count_elements(const View& view) {
@@ -140,6 +158,35 @@ MatmulTransposedArgs to_args(const char* function, const qn_matmul_transposed_ar
   return {.dy = {args.dy, args.m, weight.rows, args.dy_row_stride, dtype, weight.device},
           .weight = weight,
           .dx = {args.dx, args.m, weight.cols, args.dx_row_stride, dtype, weight.device}};
+}
+
+GroupedMatmulArgs to_args(const char* function, const qn_grouped_matmul_args* given) {
+  const qn_grouped_matmul_args args = read_struct(function, "args", given);
+  const DType dtype = to_dtype(function, args.dtype);
+  check_alignment(function, "x", args.x, size_bytes(dtype));
+  check_alignment(function, "bias", args.bias, size_bytes(dtype));
+  check_alignment(function, "y", args.y, size_bytes(dtype));
+  const QuantizedStackView stack = to_stack(function, args.weights);
+  const QuantizedView& first = stack.first;
+  return {.x = {args.x, args.m, first.cols, args.x_row_stride, dtype, first.device},
+          .ends = to_ends(function, args.group_ends, args.index_type, stack),
+          .weights = stack,
+          .bias = {args.bias, stack.count, first.rows, args.bias_row_stride, dtype, first.device},
+          .y = {args.y, args.m, first.rows, args.y_row_stride, dtype, first.device}};
+}
+
+GroupedMatmulTransposedArgs to_args(const char* function,
+                                    const qn_grouped_matmul_transposed_args* given) {
+  const qn_grouped_matmul_transposed_args args = read_struct(function, "args", given);
+  const DType dtype = to_dtype(function, args.dtype);
+  check_alignment(function, "dy", args.dy, size_bytes(dtype));
+  check_alignment(function, "dx", args.dx, size_bytes(dtype));
+  const QuantizedStackView stack = to_stack(function, args.weights);
+  const QuantizedView& first = stack.first;
+  return {.dy = {args.dy, args.m, first.rows, args.dy_row_stride, dtype, first.device},
+          .ends = to_ends(function, args.group_ends, args.index_type, stack),
+          .weights = stack,
+          .dx = {args.dx, args.m, first.cols, args.dx_row_stride, dtype, first.device}};
 }
 
 Workspace to_workspace(const char* function, void* data, int64_t size_bytes) {

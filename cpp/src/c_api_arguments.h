@@ -4,10 +4,12 @@
 #pragma once
 
 #include "qlora_native/c_api.h"
+#include "qlora_native/c_api_grouped.h"
 #include "qlora_native/c_api_lora.h"
 #include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
 #include "qlora_native/device.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/quantize.h"
@@ -36,6 +38,9 @@ LoraUpdateArgs to_args(const char* function, const qn_lora_update_args* args);
 LoraGradientArgs to_args(const char* function, const qn_lora_gradient_args* args);
 LoraForwardArgs to_args(const char* function, const qn_lora_forward_args* args);
 LoraBackwardArgs to_args(const char* function, const qn_lora_backward_args* args);
+GroupedMatmulArgs to_args(const char* function, const qn_grouped_matmul_args* args);
+GroupedMatmulTransposedArgs to_args(const char* function,
+                                    const qn_grouped_matmul_transposed_args* args);
 
 Workspace to_workspace(const char* function, void* data, int64_t size_bytes);
 

@@ -84,3 +84,52 @@ qn_status qn_matmul_4bit_transposed_selected_kernel(const qn_matmul_transposed_a
                                                     char* name, int64_t name_bytes) {
   return write_selected(__func__, args, name, name_bytes);
 }
+
+qn_status qn_grouped_matmul_4bit(const qn_grouped_matmul_args* args, void* workspace,
+                                 int64_t workspace_bytes, void* stream) {
+  return guarded(__func__, [&](const char* function) {
+    qn::grouped_matmul_4bit(to_args(function, args),
+                            to_workspace(function, workspace, workspace_bytes),
+                            Stream::from_handle(stream));
+  });
+}
+
+qn_status qn_grouped_matmul_4bit_workspace_bytes(const qn_grouped_matmul_args* args,
+                                                 int64_t* workspace_bytes) {
+  return write_bytes(__func__, qn::grouped_matmul_4bit_workspace_bytes, args, workspace_bytes);
+}
+
+qn_status qn_grouped_matmul_4bit_plan(const qn_grouped_matmul_args* args, qn_matmul_plan* plan) {
+  return write_plan(__func__, qn::grouped_matmul_4bit_plan, args, plan);
+}
+
+qn_status qn_grouped_matmul_4bit_selected_kernel(const qn_grouped_matmul_args* args, char* name,
+                                                 int64_t name_bytes) {
+  return write_selected(__func__, args, name, name_bytes);
+}
+
+qn_status qn_grouped_matmul_4bit_transposed(const qn_grouped_matmul_transposed_args* args,
+                                            void* workspace, int64_t workspace_bytes,
+                                            void* stream) {
+  return guarded(__func__, [&](const char* function) {
+    qn::grouped_matmul_4bit_transposed(to_args(function, args),
+                                       to_workspace(function, workspace, workspace_bytes),
+                                       Stream::from_handle(stream));
+  });
+}
+
+qn_status qn_grouped_matmul_4bit_transposed_workspace_bytes(
+    const qn_grouped_matmul_transposed_args* args, int64_t* workspace_bytes) {
+  return write_bytes(__func__, qn::grouped_matmul_4bit_transposed_workspace_bytes, args,
+                     workspace_bytes);
+}
+
+qn_status qn_grouped_matmul_4bit_transposed_plan(const qn_grouped_matmul_transposed_args* args,
+                                                 qn_matmul_plan* plan) {
+  return write_plan(__func__, qn::grouped_matmul_4bit_transposed_plan, args, plan);
+}
+
+qn_status qn_grouped_matmul_4bit_transposed_selected_kernel(
+    const qn_grouped_matmul_transposed_args* args, char* name, int64_t name_bytes) {
+  return write_selected(__func__, args, name, name_bytes);
+}

@@ -300,9 +300,9 @@ static void test_queries_arguments(void) {
   CHECK_REFUSED(qn_forced_kernel(QN_MATMUL_4BIT, 2, text, 8), "device_type 2");
   CHECK_REFUSED(qn_last_kernel(QN_MATMUL_4BIT, NULL, 8), "name is null");
   CHECK_REFUSED(qn_last_kernel(QN_MATMUL_4BIT, text, -8), "name has -8 bytes");
-  CHECK_REFUSED(qn_last_kernel(9, text, 8), "operation 9");
+  CHECK_REFUSED(qn_last_kernel(11, text, 8), "operation 11");
   CHECK(strcmp(text, "abc") == 0);
-  CHECK_REFUSED(qn_force_kernel(9, QN_CPU, "scalar"), "operation 9");
+  CHECK_REFUSED(qn_force_kernel(11, QN_CPU, "scalar"), "operation 11");
   CHECK_REFUSED(qn_force_kernel(QN_MATMUL_4BIT, -1, "scalar"), "device_type -1");
   CHECK_REFUSED(qn_force_kernel(QN_MATMUL_4BIT, QN_CPU, NULL), "name is null");
   CHECK_REFUSED(qn_force_kernel(QN_MATMUL_4BIT, QN_CPU, ""), "name is empty");

@@ -26,6 +26,7 @@ bool is_filled(const void* data, unsigned char value, size_t bytes);
   check_equal_bytes((actual), (expected), (bytes), #actual, __FILE__, __LINE__)
 
 void test_operations(void);
+void test_grouped(void);
 void test_optimizer(void);
 void test_paged_optimizer(void);
 void test_lora(void);

@@ -5,7 +5,7 @@
 #include "problem.h"
 
 /* Of a 4-bit weight; those of optimizers follow. */
-enum { NUM_WEIGHT_OPS = 4, NUM_OPS = 9 };
+enum { NUM_WEIGHT_OPS = 4, NUM_OPS = QN_GROUPED_MATMUL_4BIT_TRANSPOSED + 1 };
 
 /* The name that the operation says it would run, for a small problem on the CPU. */
 static void selected(qn_op op, char* name) {

@@ -12,6 +12,7 @@ static const struct {
     {"optimizer", test_optimizer},
     {"paged_optimizer", test_paged_optimizer},
     {"lora", test_lora},
+    {"grouped", test_grouped},
     {"queries", test_queries},
     {"kernels", test_kernels},
     {"memory", test_memory},

@@ -32,15 +32,18 @@ LAYERS = (
     Layer(
         "operations",
         (
-            *_public("quantize", "dequantize", "matmul", "optimizer", "memory", "paged_optimizer"),
-            *_public("dropout", "lora"),
+            *_public("quantize", "dequantize", "matmul", "grouped_matmul", "optimizer", "memory"),
+            *_public("paged_optimizer", "dropout", "lora"),
         ),
     ),
     Layer("kernels", _public("kernels")),
     Layer("umbrella", _public("qlora_native")),
     Layer(
         "c_abi",
-        _public("c_api", "c_api_lora", "c_api_memory", "c_api_optimizer", "c_api_paged_optimizer"),
+        (
+            *_public("c_api", "c_api_grouped", "c_api_lora", "c_api_memory", "c_api_optimizer"),
+            *_public("c_api_paged_optimizer"),
+        ),
     ),
     Layer(
         "backend",
