@@ -29,6 +29,7 @@ static void test_names(void) {
   CHECK(strcmp(qn_op_name(QN_LORA_PROJECT), "lora_project") == 0);
   CHECK(strcmp(qn_op_name(QN_LORA_GRADIENT), "lora_gradient") == 0);
   CHECK(strcmp(qn_op_name(QN_GROUPED_MATMUL_4BIT), "grouped_matmul_4bit") == 0);
+  CHECK(strcmp(qn_status_string(QN_INTERNAL_ERROR + 1), "unknown") == 0);
   static const int32_t unknown[] = {-1, 11, 1000, INT32_MIN, INT32_MAX};
   for (size_t i = 0; i < sizeof(unknown) / sizeof(unknown[0]); ++i) {
     CHECK(strcmp(qn_status_string(unknown[i]), "unknown") == 0);

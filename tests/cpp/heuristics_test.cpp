@@ -11,6 +11,7 @@
 #include "gemm/heuristics.h"
 #include "gemm/sm90a/plan.h"
 #include "gemv/heuristics.h"
+#include "grouped/plan.h"
 #include "host/table_values.h"
 #include "support/number_formats.h"
 #include "support/problem.h"
@@ -96,6 +97,37 @@ TEST(GemmPlan, CoversEveryOutput) {
 TEST(GemmPlan, FewRowsTakeASmallTile) {
   EXPECT_EQ(plan_gemm({1, 4096, 4096}).tile_rows, 16);
   EXPECT_EQ(plan_gemm({512, 4096, 4096}).tile_rows, 64);
+}
+
+TEST(GroupedPlan, FillsTheGpuButNoMoreThanThereCanBeTiles) {
+  for (const auto plan_of : {plan_grouped_mma, plan_grouped_simt}) {
+    for (const int64_t rows : {1, 7, 64, 1000, 1 << 20}) {
+      for (const int64_t groups : {0, 1, 8, 128}) {
+        for (const int64_t cols : {1, 64, 1000, 14336}) {
+          const GroupedPlan plan = plan_of({rows, cols, groups, 132});
+          EXPECT_GE(plan.grid, 1);
+          EXPECT_LE(plan.grid, 132 * 5);
+          const int64_t most = rows / plan.tile_rows + std::min(groups + 1, rows);
+          EXPECT_LE(plan.grid, most * plan.column_tiles);
+        }
+      }
+    }
+  }
+  EXPECT_EQ(plan_grouped_mma({8, 1536, 128, 132}).grid, 8 * 24) << "eight groups at most";
+}
+
+TEST(GroupedPlan, TilesAreAsLongAsGroupsAreOnAverage) {
+  EXPECT_EQ(plan_grouped_mma({8, 1536, 128, 132}).tile_rows, 16);
+  EXPECT_EQ(plan_grouped_mma({128 * 40, 1536, 128, 132}).tile_rows, 64);
+  EXPECT_EQ(plan_grouped_mma({128 * 256, 1536, 128, 132}).tile_rows, 128);
+  EXPECT_EQ(plan_grouped_mma({100, 1536, 1, 132}).tile_rows, 128);
+}
+
+TEST(GroupedPlan, EveryTileFitsIntoTheSharedMemoryOfEveryGpu) {
+  constexpr int kMost = 99 * 1024;
+  EXPECT_LE(kGroupedMmaShape<16>.shared_bytes(), kMost);
+  EXPECT_LE(kGroupedMmaShape<64>.shared_bytes(), kMost);
+  EXPECT_LE(kGroupedMmaShape<128>.shared_bytes(), kMost);
 }
 
 constexpr int64_t kSharedBytesOfHopper = 227 * 1024;
