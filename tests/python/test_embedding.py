@@ -73,6 +73,25 @@ def test_it_is_saved_loaded_and_copied():
     assert torch.equal(layer(ids), torch.ones(10, 64))
 
 
+def test_a_state_dict_of_another_quantization_is_refused():
+    table = torch.nn.Embedding(8, 64)
+    layer = Embedding4bit.from_embedding(table)
+    before = copy.deepcopy(layer.state_dict())
+    for settings in ({"quant_type": "fp4"}, {"block_size": 32}, {"double_quant": False}):
+        ((name, value),) = settings.items()
+        other = Embedding4bit.from_embedding(table, **settings).state_dict()
+        with pytest.raises(RuntimeError, match=f"weight was quantized with {name}={value!r}"):
+            layer.load_state_dict(other)
+        # Without the settings beside them, the shapes tell what they can.
+        if name != "quant_type":
+            with pytest.raises(RuntimeError, match=r"weight_absmax2? "):
+                layer.load_state_dict(dict(other))
+    with pytest.raises(RuntimeError, match=r"weight is torch\.float32, expected packed"):
+        layer.load_state_dict(table.state_dict(), strict=False)
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+    layer.load_state_dict(Embedding4bit.from_embedding(table).state_dict())
+
+
 def test_it_compiles_without_a_graph_break():
     layer = Embedding4bit.from_embedding(table(10, 64))
     ids = torch.arange(10)

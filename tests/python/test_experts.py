@@ -98,6 +98,23 @@ def test_a_layer_survives_copies_and_pickles():
     assert "quant_type=nf4" in repr(layer)
 
 
+def test_a_state_dict_of_another_quantization_is_refused():
+    layer = quantize_experts(dense_experts("gpt_oss"))
+    before = copy.deepcopy(layer.state_dict())
+    for settings in ({"quant_type": "fp4"}, {"block_size": 32}, {"double_quant": False}):
+        ((name, value),) = settings.items()
+        other = quantize_experts(dense_experts("gpt_oss"), **settings).state_dict()
+        with pytest.raises(RuntimeError, match=f"up_proj was quantized with {name}={value!r}"):
+            layer.load_state_dict(other)
+        if name == "block_size":
+            # Without the settings beside them, the shapes tell what they can.
+            with pytest.raises(
+                RuntimeError, match=r"gate_up_proj_absmax has shape .* block_size=64"
+            ):
+                layer.load_state_dict(dict(other))
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+
+
 def test_bfloat16_and_compute_dtype():
     dense = dense_experts("mixtral").bfloat16()
     x, index = torch.randn(6, 32).bfloat16(), torch.randint(0, 4, (6, 2))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qlora_native import _C
 from qlora_native.functional import QuantizedTensor, dequantize_4bit, quantize_4bit
 from qlora_native.nn.linear import Linear4bit, as_fp32, state_of
+from qlora_native.nn.settings import write_settings
 
 _MAP = tuple(_C.signed_dynamic_map())
 _maps: dict[torch.device, Tensor] = {}
@@ -109,6 +110,21 @@ class Embedding4bit(nn.Embedding):
     quantized_weight = Linear4bit.quantized_weight
     dequantize = Linear4bit.dequantize
     requantize_ = Linear4bit.requantize_
+    _metadata = Linear4bit._metadata
+    _state_dict_problems = Linear4bit._state_dict_problems
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        write_settings(destination, prefix, self._metadata())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        problems = self._state_dict_problems(state_dict, prefix, local_metadata)
+        if problems:
+            others[-1].extend(problems)
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows [..., embedding_dim] of `weight_dtype` for integer indices [...].

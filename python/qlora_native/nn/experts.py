@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qlora_native.functional import QuantizedStack, grouped_linear_4bit, quantize_4bit
 from qlora_native.nn.linear import as_fp32, is_misaligned, state_of
+from qlora_native.nn.settings import other_settings, write_settings
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 PARTS = ("", "_absmax", "_absmax2")
@@ -247,21 +248,59 @@ class Experts4bit(nn.Module):
         # The class has no name under which it could be found again.
         return _new, (dense_class(self),), self.__getstate__()
 
+    # ---- state dict ----
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "quant_type": self.quant_type,
+            "block_size": self.block_size,
+            "double_quant": self.double_quant,
+            "codebook": self.codebook,
+            **{name: tuple(stack.shape) for name, stack in self.formats.items()},
+        }
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        write_settings(destination, prefix, self._metadata())
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:
-        error_msgs: list[str] = arguments[-1]
-        for name in self.formats:
+        problems = self._state_dict_problems(state_dict, prefix, local_metadata)
+        if problems:
+            others[-1].extend(problems)
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+    def _state_dict_problems(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> list[str]:
+        """What torch would let pass (other settings, casts to uint8), and shapes, in our words."""
+        problems = other_settings(
+            f"{prefix}{next(iter(self.formats))}", local_metadata, self._metadata()
+        )
+        if problems:
+            return problems
+        for name, stack in self.formats.items():
             for part in PARTS:
-                value = state_dict.get(f"{prefix}{name}{part}")
-                # torch would cast dense values to bytes.
-                if value is not None and value.dtype != torch.uint8:
-                    error_msgs.append(
+                value, expected = (
+                    state_dict.get(f"{prefix}{name}{part}"),
+                    self._parameters[name + part],
+                )
+                if value is None or expected is None:
+                    continue
+                if value.dtype != torch.uint8:
+                    problems.append(
                         f"{prefix}{name}{part} is {value.dtype}, expected packed torch.uint8: load "
                         "dense weights before quantizing"
                     )
-                    return
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+                elif value.shape != expected.shape:
+                    problems.append(
+                        f"{prefix}{name}{part} has shape {tuple(value.shape)}, expected "
+                        f"{tuple(expected.shape)} for {stack.shape} with "
+                        f"block_size={self.block_size}, double_quant={self.double_quant}"
+                    )
+        return problems
 
 
 def dense_class(layer: Experts4bit) -> type[nn.Module]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from qlora_native import _checks, _eager
 from qlora_native.functional import QuantizedTensor, dequantize_4bit, linear_4bit, quantize_4bit
+from qlora_native.nn.settings import other_settings, write_settings
 
 _STATE = ("weight", "weight_absmax", "weight_absmax2")
-_METADATA_KEY = "qlora_native"
 
 
 class Linear4bit(nn.Linear):
@@ -299,9 +299,7 @@ class Linear4bit(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A plain dict given by the caller has no place for metadata.
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][_METADATA_KEY] = self._metadata()
+        write_settings(destination, prefix, self._metadata())
 
     def _load_from_state_dict(
         self,
@@ -325,14 +323,7 @@ class Linear4bit(nn.Linear):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
     ) -> list[str]:
         """What torch would let pass (other settings, casts to uint8), and shapes, in our words."""
-        ours = self._metadata()
-        theirs = local_metadata.get(_METADATA_KEY, ours)
-        problems = [
-            f"{prefix}weight was quantized with {key}={theirs.get(key)!r}, "
-            f"this layer has {key}={value!r}"
-            for key, value in ours.items()
-            if theirs.get(key) != value
-        ]
+        problems = other_settings(f"{prefix}weight", local_metadata, self._metadata())
         if problems:
             return problems
         for name in _STATE:
