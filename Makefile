@@ -1,6 +1,6 @@
 # Each target makes .venv, installs what it needs, builds, runs. `make gpu` alone uses the Python it finds.
 # Options: CUDA=AUTO|ON|OFF, CUDA_ARCHITECTURES="90-real", PYTHON=python3.12, PYTEST_ARGS="-k lora",
-# BENCH_ARGS="--device cpu --quick" (peers.py), BENCH_CPP_ARGS="--shapes=4096x4096" (bench_*)
+# BENCH_ARGS="--device cpu --quick" (peers.py), BENCH_CPP_ARGS="--device cpu --min-time 0.1" (qn_bench)
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -67,18 +67,16 @@ sanitize: bootstrap
 demo: build
 	$(BIN)/python examples/demo/demo.py
 
-# The C++ programs are not there without Google Benchmark. The records of peers.py go to
-# bench/results, from which README's figures are made.
+# qn_bench is not there without Google Benchmark. The records of peers.py go to bench/results, from
+# which README's figures are made.
 bench: build
 	@mkdir -p build/results
-	for name in quantize dequantize matmul; do \
-	  program=build/python/bench/bench_$$name; \
-	  if [ -x $$program ]; then \
-	    $$program --benchmark_out=build/results/bench_$$name.json --benchmark_out_format=json \
-	      $(BENCH_CPP_ARGS) || exit 1; \
-	  fi; \
-	done
-	if [ -x build/python/bench/bench_paged ]; then build/python/bench/bench_paged; fi
+	program=build/python/bench/qn_bench; \
+	if [ -x $$program ]; then \
+	  for command in quantize dequantize "matmul --direction forward,transposed" optimizer paged; do \
+	    $$program $$command --json build/results/$${command%% *}.json $(BENCH_CPP_ARGS) || exit 1; \
+	  done; \
+	fi
 	$(BIN)/python bench/python/peers.py --save $(BENCH_ARGS)
 	$(BIN)/python bench/render.py
 

@@ -26,12 +26,20 @@ void copy_in_parallel(char* to, const char* from, int64_t size_bytes) {
   for (std::thread& other : others) other.join();
 }
 
+qlora_native::DeviceInfo info_of(qlora_native::Device device) {
+  for (const qlora_native::DeviceInfo& info : qlora_native::list_devices()) {
+    if (info.device == device) return info;
+  }
+  return {.device = device, .name = qlora_native::to_string(device), .features = ""};
+}
+
 class CpuMachine final : public Machine {
  public:
   qlora_native::Device device() const override { return qlora_native::Device::cpu(); }
   std::string name() const override {
-    return qlora_native::list_devices().front().name + ", " +
-           std::to_string(qlora_native::cpu_threads()) + " threads";
+    const int threads = qlora_native::cpu_threads();
+    return model() + " (" + features() + "), " + std::to_string(threads) +
+           (threads == 1 ? " thread" : " threads");
   }
   qlora_native::Stream stream() const override { return qlora_native::Stream::none(); }
 
@@ -55,25 +63,37 @@ class CpuMachine final : public Machine {
     };
   }
 
-  double measure_copy_rate() override {
+  double measure_copy_rate(double min_seconds) override {
     const Buffer from(*this, kCopyBytes);
     const Buffer to(*this, kCopyBytes);
     std::memset(from.as(), 1, kCopyBytes);
     std::memset(to.as(), 2, kCopyBytes);
     const std::vector<std::function<void()>> copy = {
         [&] { copy_in_parallel(to.as<char>(), from.as<char>(), kCopyBytes); }};
-    return 2.0 * kCopyBytes / median_seconds(replay(copy), 15);
+    return 2.0 * kCopyBytes / median_seconds(replay(copy), min_seconds);
+  }
+  std::string copy_method() const override { return "memcpy of 256 MiB by all threads"; }
+  std::string timing_method() const override {
+    return "calls in a row on the same memory, which the caches may hold";
   }
 };
 
 }  // namespace
 
-double median_seconds(const std::function<double()>& run, int rounds) {
-  std::vector<double> seconds(static_cast<size_t>(rounds));
+std::string Machine::model() const { return info_of(device()).name; }
+std::string Machine::features() const { return info_of(device()).features; }
+
+double median_seconds(const std::function<double()>& run, double min_seconds) {
+  constexpr size_t kLeastRounds = 5;
+  std::vector<double> samples;
   run();
-  for (double& value : seconds) value = run();
-  std::nth_element(seconds.begin(), seconds.begin() + rounds / 2, seconds.end());
-  return seconds[static_cast<size_t>(rounds / 2)];
+  for (double total = 0; samples.size() < kLeastRounds || total < min_seconds;) {
+    samples.push_back(run());
+    total += samples.back();
+  }
+  const auto middle = samples.begin() + std::ssize(samples) / 2;
+  std::nth_element(samples.begin(), middle, samples.end());
+  return *middle;
 }
 
 std::unique_ptr<Machine> make_cpu_machine() { return std::make_unique<CpuMachine>(); }

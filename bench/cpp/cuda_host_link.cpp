@@ -11,8 +11,6 @@
 namespace bench {
 namespace {
 
-constexpr int kRounds = 7;
-
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw qlora_native::CudaError(status, std::string(what) + ": " + cudaGetErrorString(status));
@@ -59,7 +57,7 @@ double seconds_of(const std::function<void()>& run) {
 
 }  // namespace
 
-LinkRates measure_link(int64_t size_bytes) {
+LinkRates measure_link(int64_t size_bytes, double min_seconds) {
   Direction in(size_bytes, cudaMemcpyHostToDevice);
   Direction out(size_bytes, cudaMemcpyDeviceToHost);
   const auto seconds = [&](bool goes_in, bool goes_out) {
@@ -72,7 +70,7 @@ LinkRates measure_link(int64_t size_bytes) {
             if (goes_out) out.wait();
           });
         },
-        kRounds);
+        min_seconds);
   };
   const auto bytes = static_cast<double>(size_bytes);
   return {.to_device = bytes / seconds(true, false),

@@ -18,8 +18,8 @@ void check(cudaError_t status, const char* what) {
 
 class CudaMachine final : public Machine {
  public:
-  CudaMachine() {
-    check(cudaSetDevice(0), "cudaSetDevice");
+  explicit CudaMachine(int index) : index_(index) {
+    check(cudaSetDevice(index), "cudaSetDevice");
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cudaEventCreate(&begin_), "cudaEventCreate");
     check(cudaEventCreate(&end_), "cudaEventCreate");
@@ -30,12 +30,8 @@ class CudaMachine final : public Machine {
     cudaStreamDestroy(stream_);
   }
 
-  qlora_native::Device device() const override { return qlora_native::Device::cuda(0); }
-  std::string name() const override {
-    cudaDeviceProp properties;
-    check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-    return properties.name;
-  }
+  qlora_native::Device device() const override { return qlora_native::Device::cuda(index_); }
+  std::string name() const override { return model() + " (" + features() + ")"; }
   qlora_native::Stream stream() const override {
     return qlora_native::Stream::from_handle(stream_);
   }
@@ -58,7 +54,8 @@ class CudaMachine final : public Machine {
 
   int64_t cold_bytes() const override {
     int l2_bytes = 0;
-    check(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, 0), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, index_),
+          "cudaDeviceGetAttribute");
     return int64_t{kColdMultiple} * l2_bytes;
   }
 
@@ -81,7 +78,7 @@ class CudaMachine final : public Machine {
     };
   }
 
-  double measure_copy_rate() override {
+  double measure_copy_rate(double min_seconds) override {
     const Buffer from(*this, kCopyBytes);
     const Buffer to(*this, kCopyBytes);
     check(cudaMemsetAsync(from.as(), 1, kCopyBytes, stream_), "cudaMemsetAsync");
@@ -92,7 +89,12 @@ class CudaMachine final : public Machine {
               "cudaMemcpyAsync");
       });
     };
-    return 2.0 * kCopyBytes / median_seconds(copy_once, 31);
+    return 2.0 * kCopyBytes / median_seconds(copy_once, min_seconds);
+  }
+  std::string copy_method() const override { return "cudaMemcpy of 1 GiB from device to device"; }
+  std::string timing_method() const override {
+    return "replays of a CUDA graph over memory that takes turns, more than " +
+           std::to_string(kColdMultiple) + " times the L2 cache";
   }
 
  private:
@@ -114,6 +116,7 @@ class CudaMachine final : public Machine {
     check(cudaStreamSynchronize(stream_), "copy");
   }
 
+  int index_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t begin_ = nullptr;
   cudaEvent_t end_ = nullptr;
@@ -121,9 +124,13 @@ class CudaMachine final : public Machine {
 
 }  // namespace
 
-std::unique_ptr<Machine> make_cuda_machine() {
-  if (!qlora_native::cuda_unavailable_reason().empty()) return nullptr;
-  return std::make_unique<CudaMachine>();
+std::unique_ptr<Machine> make_cuda_machine(int index) {
+  for (const qlora_native::DeviceInfo& info : qlora_native::list_devices()) {
+    if (info.device == qlora_native::Device::cuda(index)) {
+      return std::make_unique<CudaMachine>(index);
+    }
+  }
+  return nullptr;
 }
 
 }  // namespace bench

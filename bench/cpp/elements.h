@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "machine.h"
@@ -15,7 +16,9 @@ namespace bench {
 class HostArray {
  public:
   HostArray(const Buffer& buffer, int64_t count, qlora_native::DType dtype)
-      : raw_(buffer.to_host<uint8_t>(count * qlora_native::size_bytes(dtype))), dtype_(dtype) {}
+      : HostArray(buffer.to_host<uint8_t>(count * qlora_native::size_bytes(dtype)), dtype) {}
+  HostArray(std::vector<uint8_t> raw, qlora_native::DType dtype)
+      : raw_(std::move(raw)), dtype_(dtype) {}
 
   float operator[](int64_t index) const;
 

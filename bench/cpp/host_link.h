@@ -14,8 +14,8 @@ struct LinkRates {
   double both;  ///< bytes of both directions, at the same time
 };
 
-/// Medians. All zero in a build without CUDA.
-LinkRates measure_link(int64_t size_bytes);
+/// Medians, each over at least `min_seconds`. All zero in a build without CUDA.
+LinkRates measure_link(int64_t size_bytes, double min_seconds);
 
 /// Waits for what is queued on a stream; nothing to do on the CPU.
 void synchronize(qlora_native::Stream stream);

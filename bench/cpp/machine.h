@@ -18,6 +18,9 @@ class Machine {
   virtual ~Machine() = default;
 
   virtual qlora_native::Device device() const = 0;
+  std::string model() const;     ///< the vendor's name of the device
+  std::string features() const;  ///< as the library reports them
+  /// Both, and what else the figures depend on.
   virtual std::string name() const = 0;
   virtual qlora_native::Stream stream() const = 0;
 
@@ -35,8 +38,13 @@ class Machine {
   /// pass over all of them. The calls queue work on `stream()` and must outlive the result.
   virtual std::function<double()> replay(const std::vector<std::function<void()>>& calls) = 0;
 
-  /// Bytes read plus written per second by a copy of a large array, measured once, now.
-  virtual double measure_copy_rate() = 0;
+  /// Bytes read plus written per second by a copy of a large array, measured now, for at least so
+  /// long.
+  virtual double measure_copy_rate(double min_seconds) = 0;
+
+  // For people: how the copy was made, and how `replay` measures.
+  virtual std::string copy_method() const = 0;
+  virtual std::string timing_method() const = 0;
 };
 
 /// The memory of one array on a machine.
@@ -81,12 +89,13 @@ class Buffer {
   int64_t size_bytes_ = 0;
 };
 
-/// The median of `rounds` runs.
-double median_seconds(const std::function<double()>& run, int rounds);
+/// The median of at least five runs, and of as many as take `min_seconds`, after one that does not
+/// count. `run` returns its seconds.
+double median_seconds(const std::function<double()>& run, double min_seconds);
 
 std::unique_ptr<Machine> make_cpu_machine();
 
-/// Null when this build or this machine has no CUDA device.
-std::unique_ptr<Machine> make_cuda_machine();
+/// Null when this build or this machine has no CUDA device of that index.
+std::unique_ptr<Machine> make_cuda_machine(int index = 0);
 
 }  // namespace bench

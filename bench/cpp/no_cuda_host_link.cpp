@@ -3,7 +3,7 @@
 
 namespace bench {
 
-LinkRates measure_link(int64_t) { return {}; }
+LinkRates measure_link(int64_t, double) { return {}; }
 void synchronize(qlora_native::Stream) {}
 
 }  // namespace bench

@@ -3,6 +3,6 @@
 
 namespace bench {
 
-std::unique_ptr<Machine> make_cuda_machine() { return nullptr; }
+std::unique_ptr<Machine> make_cuda_machine(int) { return nullptr; }
 
 }  // namespace bench

@@ -2,111 +2,210 @@
 
 #include <algorithm>
 #include <charconv>
-#include <functional>
-#include <map>
 #include <stdexcept>
-#include <string_view>
 
 namespace bench {
 namespace {
 
-using qlora_native::DType;
+namespace qn = qlora_native;
 
-constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
-
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> parts;
-  for (size_t begin = 0; begin <= list.size();) {
-    const size_t end = std::min(list.find(',', begin), list.size());
-    parts.push_back(list.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return parts;
-}
-
-int64_t positive(std::string_view text) {
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 1) {
-    throw std::invalid_argument("'" + std::string(text) + "' is not a positive number");
-  }
-  return value;
-}
+constexpr int64_t kMostThreads = 4096;
+constexpr int64_t kMostMiB = 1 << 20;
 
 Shape shape(const std::string& text) {
   const size_t by = text.find('x');
   if (by == std::string::npos) {
-    throw std::invalid_argument("'" + text + "' is not a shape like 4096x14336");
+    throw std::invalid_argument("'" + text + "' is no shape like 4096x14336");
   }
   return {positive(text.substr(0, by)), positive(text.substr(by + 1))};
 }
 
-DType dtype(const std::string& text) {
-  for (const DType known : kDTypes) {
+qn::DType dtype(const std::string& text) {
+  constexpr qn::DType kAll[] = {qn::DType::kBFloat16, qn::DType::kFloat16, qn::DType::kFloat32};
+  for (const qn::DType known : kAll) {
     if (text == short_name(known)) return known;
   }
   throw std::invalid_argument("'" + text + "' is none of bf16, fp16, fp32");
 }
 
-std::string device(const std::string& text) {
-  if (text == "cpu" || text == "cuda") return text;
-  throw std::invalid_argument("'" + text + "' is none of cpu, cuda");
+qn::QuantType quant_type(const std::string& text) {
+  for (const qn::QuantType known :
+       {qn::QuantType::kNF4, qn::QuantType::kFP4, qn::QuantType::kINT4}) {
+    if (text == qn::name(known)) return known;
+  }
+  throw std::invalid_argument("'" + text + "' is none of nf4, fp4, int4");
 }
 
-template <class Parse>
-auto list_of(const std::string& text, Parse parse) {
-  std::vector<decltype(parse(text))> values;
-  for (const std::string& part : split(text)) values.push_back(parse(part));
-  return values;
+int64_t block_size(const std::string& text) {
+  const int64_t size = positive(text);
+  if (qn::is_valid_block_size(size)) return size;
+  throw std::invalid_argument("'" + text + "' is no power of two from " +
+                              std::to_string(qn::kMinBlockSize) + " to " +
+                              std::to_string(qn::kMaxBlockSize));
+}
+
+bool yes(const std::string& text) {
+  constexpr const char* kNames[] = {"yes", "no"};
+  return one_of(text, kNames) == "yes";
+}
+
+bool is_transposed(const std::string& text) {
+  constexpr const char* kNames[] = {"forward", "transposed"};
+  return one_of(text, kNames) == "transposed";
+}
+
+qn::Backing backing(const std::string& text) {
+  for (const qn::Backing known :
+       {qn::Backing::kManaged, qn::Backing::kPinned, qn::Backing::kHost}) {
+    if (text == qn::name(known)) return known;
+  }
+  throw std::invalid_argument("'" + text + "' is none of managed, pinned, host");
+}
+
+std::string device(const std::string& text) {
+  if (text == "cpu" || text == "cuda") return text;
+  const bool has_index = text.starts_with("cuda:") && text.size() > 5 && text.size() < 9 &&
+                         text.find_first_not_of("0123456789", 5) == std::string::npos;
+  if (has_index) return text;
+  throw std::invalid_argument("'" + text + "' is none of cpu, cuda, cuda:N");
+}
+
+double seconds(const std::string& text) {
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || !(value > 0 && value <= 3600)) {
+    throw std::invalid_argument("'" + text + "' is no number of seconds up to 3600");
+  }
+  return value;
+}
+
+std::string file(const std::string& text) {
+  if (text.empty()) throw std::invalid_argument("'' is no name of a file");
+  return text;
+}
+
+std::string kernel(const std::string& text) {
+  if (text.empty()) throw std::invalid_argument("'' is no name of a kernel");
+  return text;
+}
+
+Option kernel_option(Options& options) {
+  return {"--kernel", "NAME",
+          "this kernel, where it supports the case; 'all': each that\n"
+          "does; 'list' shows which there are; default: the library's\n"
+          "choice",
+          [&](const std::string& text) { options.kernel = kernel(text); }};
 }
 
 }  // namespace
 
-const char* short_name(DType dtype) {
-  return dtype == DType::kBFloat16 ? "bf16" : dtype == DType::kFloat16 ? "fp16" : "fp32";
+const char* short_name(qn::DType dtype) {
+  return dtype == qn::DType::kBFloat16 ? "bf16" : dtype == qn::DType::kFloat16 ? "fp16" : "fp32";
 }
 
-const char* options_help() {
-  return "  --devices=cpu,cuda          default: all there are\n"
-         "  --shapes=4096x4096,...      rows x columns of the weight\n"
-         "  --dtypes=bf16,fp16,fp32     of everything but the weight; default: bf16\n"
-         "  --m=1,4,16                  rows of activations (bench_matmul)\n"
-         "  --kernel=NAME               this kernel only, where it supports the case\n"
-         "  --threads=N                 of the CPU\n"
-         "and Google Benchmark's, of which --benchmark_filter=REGEX, --benchmark_min_time=...\n"
-         "and --benchmark_out=FILE.json are useful most.\n";
-}
-
-Options parse_options(std::vector<std::string>& arguments) {
-  Options options;
-  const std::map<std::string, std::function<void(const std::string&)>> known = {
-      {"--devices", [&](const std::string& text) { options.devices = list_of(text, device); }},
-      {"--shapes", [&](const std::string& text) { options.shapes = list_of(text, shape); }},
-      {"--dtypes", [&](const std::string& text) { options.dtypes = list_of(text, dtype); }},
-      {"--m", [&](const std::string& text) { options.rows = list_of(text, positive); }},
-      {"--kernel", [&](const std::string& text) { options.kernel = text; }},
-      {"--threads",
-       [&](const std::string& text) { options.threads = static_cast<int>(positive(text)); }},
+std::vector<Option> machine_options(Options& options) {
+  return {
+      {"--device", "DEVICE", "cpu, cuda or cuda:N; default: cuda where there is one",
+       [&](const std::string& text) { options.device = device(text); }},
+      {"--threads", "N", "threads of the CPU; default: one per core",
+       [&](const std::string& text) {
+         options.threads = static_cast<int>(positive(text, kMostThreads));
+       }},
+      {"--min-time", "SECONDS", "of measuring for each line of the table; default: 0.5",
+       [&](const std::string& text) { options.min_seconds = seconds(text); }},
+      {"--json", "FILE", "also write the figures there; bench/plot.py draws them",
+       [&](const std::string& text) { options.json = file(text); }},
   };
-  std::vector<std::string> others;
-  for (const std::string& argument : arguments) {
-    const size_t equals = argument.find('=');
-    const auto found = known.find(argument.substr(0, equals));
-    if (found == known.end()) {
-      others.push_back(argument);
-      continue;
-    }
-    if (equals == std::string::npos) {
-      throw std::invalid_argument(argument + " needs a value: " + argument + "=...");
-    }
-    try {
-      found->second(argument.substr(equals + 1));
-    } catch (const std::invalid_argument& error) {
-      throw std::invalid_argument(found->first + ": " + error.what());
-    }
+}
+
+std::vector<Option> weight_options(Options& options) {
+  return {
+      {"--model", "NAMES",
+       "the shapes of a model's linear layers, such as llama3-8b;\n"
+       "'list' shows which models there are",
+       [&](const std::string& text) {
+         if (text == "list") {
+           options.lists_models = true;
+         } else {
+           options.models =
+               list_of(text, [](const std::string& name) { return &model_named(name); });
+         }
+       }},
+      {"--shapes", "NxK,...",
+       "weights of N outputs by K inputs;\n"
+       "default: 4096x4096,14336x4096",
+       [&](const std::string& text) { options.shapes = list_of(text, shape); }},
+      {"--dtype", "NAMES", "of what is not quantized: bf16 (default), fp16, fp32",
+       [&](const std::string& text) { options.dtypes = list_of(text, dtype); }},
+      {"--quant-type", "NAMES", "nf4 (default), fp4, int4",
+       [&](const std::string& text) { options.quant_types = list_of(text, quant_type); }},
+      {"--block-size", "SIZES", "elements that share a scale: 32, 64 (default), ... 4096",
+       [&](const std::string& text) { options.block_sizes = list_of(text, block_size); }},
+      {"--double-quant", "yes|no", "scales in 8 bits (default), or in fp32; 'yes,no': both",
+       [&](const std::string& text) { options.double_quants = list_of(text, yes); }},
+      kernel_option(options),
+  };
+}
+
+std::vector<Option> product_options(Options& options) {
+  return {
+      {"--m", "ROWS", "rows of activations; default: 1,4,16,64,512",
+       [&](const std::string& text) {
+         options.rows = list_of(text, [](const std::string& part) { return positive(part); });
+       }},
+      {"--direction", "NAMES",
+       "forward: Y[M, N] = X[M, K] W^T (default);\n"
+       "transposed: dX[M, K] = dY[M, N] W",
+       [&](const std::string& text) { options.transposed = list_of(text, is_transposed); }},
+  };
+}
+
+std::vector<Option> optimizer_options(Options& options) {
+  return {
+      {"--case", "NAMES",
+       "lora: adapters of rank 16 on all linear layers of 8 layers\n"
+       "of llama3-8b, 112 tensors, 10.5 M parameters;\n"
+       "full: 16 tensors, 16.8 M; large: 300 tensors, 500 M, 8 GB;\n"
+       "tiny: 2 tensors, 9217; default: lora,full",
+       [&](const std::string& text) {
+         constexpr const char* kNames[] = {"lora", "full", "large", "tiny"};
+         options.optimizer_cases =
+             list_of(text, [&](const std::string& part) { return one_of(part, kNames); });
+       }},
+      {"--optimizer", "NAMES", "adamw, adamw8bit, lion, lion8bit; default: all of them",
+       [&](const std::string& text) {
+         constexpr const char* kNames[] = {"adamw", "adamw8bit", "lion", "lion8bit"};
+         options.optimizers =
+             list_of(text, [&](const std::string& part) { return one_of(part, kNames); });
+       }},
+      {"--dtype", "NAMES", "of parameters and gradients: fp32 (default), bf16, fp16",
+       [&](const std::string& text) { options.dtypes = list_of(text, dtype); }},
+      kernel_option(options),
+  };
+}
+
+std::vector<Option> paged_options(Options& options) {
+  return {
+      {"--backing", "NAMES", "managed, pinned; of the CPU: host; default: all there are",
+       [&](const std::string& text) { options.backings = list_of(text, backing); }},
+      {"--budget", "MIB",
+       "device memory of the staging cache, over four times of\n"
+       "which the passes go; default: 256",
+       [&](const std::string& text) { options.budget_mib = positive(text, kMostMiB); }},
+  };
+}
+
+std::vector<Shape> shapes_of(const Options& options) {
+  std::vector<Shape> shapes;
+  const auto add = [&](Shape shape) {
+    if (std::find(shapes.begin(), shapes.end(), shape) == shapes.end()) shapes.push_back(shape);
+  };
+  for (const Model* model : options.models) {
+    for (const Linear& linear : linears_of(*model)) add(linear.shape);
   }
-  arguments = others;
-  return options;
+  for (const Shape shape : options.shapes) add(shape);
+  if (shapes.empty()) shapes = {{4096, 4096}, {14336, 4096}};
+  return shapes;
 }
 
 }  // namespace bench

@@ -10,10 +10,6 @@ namespace {
 
 namespace qn = qlora_native;
 
-constexpr int64_t kBlockSize = 64;
-
-/// Bell-shaped values: the sum of four uniform numbers. Codes must be as varied as a trained
-/// weight's, since lookups of equal codes are faster on a GPU.
 std::vector<float> random_values(int64_t count, float scale, uint64_t seed) {
   std::vector<float> values(static_cast<size_t>(count));
   uint64_t state = seed * 0x9E3779B97F4A7C15u + 1;
@@ -28,65 +24,106 @@ std::vector<float> random_values(int64_t count, float scale, uint64_t seed) {
   return values;
 }
 
-Buffer upload(Machine& machine, const std::vector<float>& values, qn::DType dtype) {
-  const std::vector<uint8_t> raw = encode(values, dtype);
+qn::Codebook codebook_of(qn::QuantType type) {
+  return type == qn::QuantType::kFP4    ? qn::kFP4
+         : type == qn::QuantType::kINT4 ? qn::kINT4
+                                        : qn::kNF4;
+}
+
+/// What `ask` says while the library may choose the kernel.
+template <class Ask>
+auto without_forcing(qn::Op op, qn::DeviceType device, const Ask& ask) {
+  const std::string forced = qn::forced_kernel(op, device);
+  qn::force_kernel(op, device, "");
+  const auto answer = ask();
+  qn::force_kernel(op, device, forced);
+  return answer;
+}
+
+template <class Args>
+void ask_for_kernels(qn::Op op, qn::DeviceType device, const Args& args, Work& work) {
+  work.kernel = qn::selected_kernel(args);
+  work.automatic_kernel = without_forcing(op, device, [&] { return qn::selected_kernel(args); });
+}
+
+}  // namespace
+
+Buffer random_array(Machine& machine, int64_t count, float scale, uint64_t seed, qn::DType dtype) {
+  const std::vector<uint8_t> raw = encode(random_values(count, scale, seed), dtype);
   Buffer buffer(machine, static_cast<int64_t>(raw.size()));
   machine.copy_to_device(buffer.as(), raw.data(), buffer.size_bytes());
   return buffer;
 }
 
-}  // namespace
-
-QuantizedWeight::QuantizedWeight(Machine& machine, Shape shape)
+QuantizedWeight::QuantizedWeight(Machine& machine, Shape shape, WeightFormat format)
     : packed(machine, qn::packed_bytes(shape.n * shape.k)),
-      codes(machine, qn::num_blocks(shape.n * shape.k, kBlockSize)),
-      absmax2(machine, 4 * qn::num_groups(qn::num_blocks(shape.n * shape.k, kBlockSize))),
-      offset(machine, 4),
       shape_(shape),
-      device_(machine.device()) {}
+      format_(format),
+      device_(machine.device()) {
+  const int64_t blocks = qn::num_blocks(shape.n * shape.k, format.block_size);
+  if (format.double_quant) {
+    codes = Buffer(machine, blocks);
+    absmax2 = Buffer(machine, 4 * qn::num_groups(blocks));
+    offset = Buffer(machine, 4);
+  } else {
+    absmax = Buffer(machine, 4 * blocks);
+  }
+}
 
 qn::MutableQuantizedView QuantizedWeight::mutable_view() const {
-  return {.packed = packed.as<uint8_t>(),
-          .absmax = {nullptr, codes.as<uint8_t>(), absmax2.as<float>(), offset.as<float>()},
-          .rows = shape_.n,
-          .cols = shape_.k,
-          .block_size = kBlockSize,
-          .codebook = qn::kNF4,
-          .device = device_};
+  return {
+      .packed = packed.as<uint8_t>(),
+      .absmax = {absmax.as<float>(), codes.as<uint8_t>(), absmax2.as<float>(), offset.as<float>()},
+      .rows = shape_.n,
+      .cols = shape_.k,
+      .block_size = format_.block_size,
+      .codebook = codebook_of(format_.quant_type),
+      .device = device_};
 }
 
 qn::QuantizedView QuantizedWeight::view() const {
-  return {.packed = packed.as<uint8_t>(),
-          .absmax = {nullptr, codes.as<uint8_t>(), absmax2.as<float>(), offset.as<float>()},
-          .rows = shape_.n,
-          .cols = shape_.k,
-          .block_size = kBlockSize,
-          .codebook = qn::kNF4,
-          .device = device_};
+  const qn::MutableQuantizedView view = mutable_view();
+  return {
+      .packed = view.packed,
+      .absmax = {view.absmax.values, view.absmax.codes, view.absmax.absmax2, view.absmax.offset},
+      .rows = view.rows,
+      .cols = view.cols,
+      .block_size = view.block_size,
+      .codebook = view.codebook,
+      .device = view.device};
 }
 
 int64_t QuantizedWeight::size_bytes() const {
-  return packed.size_bytes() + codes.size_bytes() + absmax2.size_bytes() + offset.size_bytes();
+  int64_t bytes = 0;
+  for (const Buffer* part : {&packed, &absmax, &codes, &absmax2, &offset}) {
+    bytes += part->size_bytes();
+  }
+  return bytes;
 }
 
-Problem::Problem(Machine& machine, Shape shape, qn::DType dtype)
-    : machine_(machine), shape_(shape), dtype_(dtype) {
-  dense_.push_back(upload(machine, random_values(shape.n * shape.k, 0.02f, 1), dtype));
-  // Fills every quantized copy there is; further ones are cloned from the first.
-  for (const auto& call : quantize().calls) call();
+Problem::Problem(Machine& machine, Shape shape, qn::DType dtype, WeightFormat format)
+    : machine_(machine), shape_(shape), dtype_(dtype), format_(format) {
+  dense_.push_back(random_array(machine, shape.n * shape.k, 0.02f, 1, dtype));
+  // Fills every quantized copy there is; further ones are cloned from the first. Whatever kernel is
+  // forced is for the work to come.
+  without_forcing(qn::Op::kQuantize4bit, machine.device().type, [&] {
+    for (const auto& call : quantize().calls) call();
+    return true;
+  });
 }
 
 int64_t Problem::copies(int64_t bytes_each) const { return machine_.cold_bytes() / bytes_each + 1; }
 
 void Problem::grow_quantized(int64_t count) {
   while (static_cast<int64_t>(quantized_.size()) < count) {
-    QuantizedWeight copy(machine_, shape_);
+    QuantizedWeight copy(machine_, shape_, format_);
     if (!quantized_.empty()) {
       const auto clone = [&](const Buffer& from, const Buffer& to) {
         const std::vector<uint8_t> host = from.to_host<uint8_t>(from.size_bytes());
-        machine_.copy_to_device(to.as(), host.data(), from.size_bytes());
+        if (!host.empty()) machine_.copy_to_device(to.as(), host.data(), from.size_bytes());
       };
       clone(quantized().packed, copy.packed);
+      clone(quantized().absmax, copy.absmax);
       clone(quantized().codes, copy.codes);
       clone(quantized().absmax2, copy.absmax2);
       clone(quantized().offset, copy.offset);
@@ -101,7 +138,7 @@ void Problem::make_outputs(int64_t count, int64_t elems) {
 }
 
 void Problem::make_activations(int64_t rows, int64_t cols) {
-  activations_ = upload(machine_, random_values(rows * cols, 1.0f, 2), dtype_);
+  activations_ = random_array(machine_, rows * cols, 1.0f, 2, dtype_);
 }
 
 void Problem::make_workspaces(const std::vector<int64_t>& sizes) {
@@ -135,8 +172,8 @@ Work Problem::quantize() {
   const int64_t weight_bytes = quantized().size_bytes();
   Work work{.calls = {},
             .bytes_per_call = dense_bytes + weight_bytes,
-            .weight_bytes_per_call = weight_bytes,
-            .kernel = qn::selected_kernel(all.front())};
+            .weight_bytes_per_call = weight_bytes};
+  ask_for_kernels(qn::Op::kQuantize4bit, machine_.device().type, all.front(), work);
   for (size_t i = 0; i < all.size(); ++i) {
     work.calls.push_back([this, args = all[i], space = workspace(i)] {
       qn::quantize_4bit(args, space, machine_.stream());
@@ -157,7 +194,7 @@ Work Problem::dequantize() {
   for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
     const qn::DequantizeArgs args{.weight = quantized_[i].view(),
                                   .output = {outputs_[i].as(), numel, dtype_, machine_.device()}};
-    if (i == 0) work.kernel = qn::selected_kernel(args);
+    if (i == 0) ask_for_kernels(qn::Op::kDequantize4bit, machine_.device().type, args, work);
     work.calls.push_back([this, args] { qn::dequantize_4bit(args, machine_.stream()); });
   }
   return work;
@@ -187,8 +224,10 @@ Work Problem::matmul(int64_t m) {
   }
   make_workspaces(sizes);
   Work work = product(m);
-  work.kernel = qn::selected_kernel(all.front());
-  work.prefers_dense = qn::matmul_4bit_plan(all.front()).prefers_dense;
+  ask_for_kernels(qn::Op::kMatmul4bit, machine_.device().type, all.front(), work);
+  work.prefers_dense = without_forcing(qn::Op::kMatmul4bit, machine_.device().type, [&] {
+    return qn::matmul_4bit_plan(all.front()).prefers_dense;
+  });
   for (size_t i = 0; i < all.size(); ++i) {
     work.calls.push_back([this, args = all[i], space = workspace(i)] {
       qn::matmul_4bit(args, space, machine_.stream());
@@ -212,8 +251,10 @@ Work Problem::matmul_transposed(int64_t m) {
   }
   make_workspaces(sizes);
   Work work = product(m);
-  work.kernel = qn::selected_kernel(all.front());
-  work.prefers_dense = qn::matmul_4bit_transposed_plan(all.front()).prefers_dense;
+  ask_for_kernels(qn::Op::kMatmul4bitTransposed, machine_.device().type, all.front(), work);
+  work.prefers_dense = without_forcing(qn::Op::kMatmul4bitTransposed, machine_.device().type, [&] {
+    return qn::matmul_4bit_transposed_plan(all.front()).prefers_dense;
+  });
   for (size_t i = 0; i < all.size(); ++i) {
     work.calls.push_back([this, args = all[i], space = workspace(i)] {
       qn::matmul_4bit_transposed(args, space, machine_.stream());

@@ -8,32 +8,33 @@
 
 #include "machine.h"
 #include "qlora_native/qlora_native.h"
+#include "shape.h"
 
 namespace bench {
 
-struct Shape {
-  int64_t n = 0;
-  int64_t k = 0;
-  friend bool operator==(const Shape&, const Shape&) = default;
+/// How a weight is quantized.
+struct WeightFormat {
+  qlora_native::QuantType quant_type = qlora_native::QuantType::kNF4;
+  int64_t block_size = 64;
+  bool double_quant = true;  ///< scales in 8 bits; else fp32
+  friend bool operator==(const WeightFormat&, const WeightFormat&) = default;
 };
 
-inline std::string to_string(Shape shape) {
-  return std::to_string(shape.n) + "x" + std::to_string(shape.k);
-}
-
-/// The bytes of a NF4 weight in blocks of 64, double-quantized.
+/// The bytes of a 4-bit weight.
 class QuantizedWeight {
  public:
-  QuantizedWeight(Machine& machine, Shape shape);
+  QuantizedWeight(Machine& machine, Shape shape, WeightFormat format);
 
   qlora_native::MutableQuantizedView mutable_view() const;
   qlora_native::QuantizedView view() const;
   int64_t size_bytes() const;
 
-  Buffer packed, codes, absmax2, offset;
+  /// Of the scales either `absmax`, or the three of the double quantization; the others are empty.
+  Buffer packed, absmax, codes, absmax2, offset;
 
  private:
   Shape shape_;
+  WeightFormat format_;
   qlora_native::Device device_;
 };
 
@@ -44,14 +45,21 @@ struct Work {
   int64_t weight_bytes_per_call = 0;  ///< those of the 4-bit weight among them
   int64_t flops_per_call = 0;
   std::string kernel{};
-  /// Whether a caller with a tuned dense product is told to use that instead.
+  std::string automatic_kernel{};  ///< the library's choice, whichever is forced
+  /// Whether a caller with a tuned dense product is told to use that instead of the library's choice.
   bool prefers_dense = false;
 };
+
+/// Bell-shaped values of `dtype` in the machine's memory, the same for the same seed: the sum of four
+/// uniform numbers. Codes must be as varied as a trained weight's, since lookups of equal codes are
+/// faster on a GPU.
+Buffer random_array(Machine& machine, int64_t count, float scale, uint64_t seed,
+                    qlora_native::DType dtype);
 
 /// The operations on one weight. A new work of a problem ends the one before.
 class Problem {
  public:
-  Problem(Machine& machine, Shape shape, qlora_native::DType dtype);
+  Problem(Machine& machine, Shape shape, qlora_native::DType dtype, WeightFormat format = {});
 
   Work quantize();
   Work dequantize();
@@ -60,6 +68,7 @@ class Problem {
 
   Shape shape() const { return shape_; }
   qlora_native::DType dtype() const { return dtype_; }
+  WeightFormat format() const { return format_; }
 
   // For verification: the dense weight, the first quantized copy, and the last work's first arrays.
   const Buffer& dense() const { return dense_.front(); }
@@ -82,6 +91,7 @@ class Problem {
   Machine& machine_;
   Shape shape_;
   qlora_native::DType dtype_;
+  WeightFormat format_;
   std::vector<Buffer> dense_;
   std::vector<QuantizedWeight> quantized_;
   std::vector<Buffer> outputs_;

@@ -1,11 +1,14 @@
 #include "table_reporter.h"
 
-#include <cstdio>
+#include <cstdlib>
 #include <ostream>
-#include <string>
+
+#include "columns.h"
 
 namespace bench {
 namespace {
+
+constexpr double kTera = 1e12;
 
 /// Why a run has no figures, or "". Google Benchmark renamed these members in 1.8.
 template <class Run>
@@ -17,57 +20,108 @@ std::string failure(const Run& run) {
   }
 }
 
-/// A counter in `width` characters, or a dash where the run has none.
-std::string cell(const benchmark::UserCounters& counters, const char* name, const char* format,
-                 double scale = 1) {
-  const auto found = counters.find(name);
-  char text[32] = "-";
-  if (found != counters.end()) {
-    std::snprintf(text, sizeof text, format, static_cast<double>(found->second) * scale);
-  }
-  return text;
+/// `text` in a column; text that is too long is left as it is.
+std::string padded(const std::string& text, int width) {
+  const auto wanted = static_cast<size_t>(std::abs(width));
+  const std::string space(text.size() < wanted ? wanted - text.size() : 0, ' ');
+  return width < 0 ? "  " + text + space : space + text;
+}
+
+std::string without_trailing_space(std::string line) {
+  line.erase(line.find_last_not_of(' ') + 1);
+  return line;
 }
 
 }  // namespace
 
-bool TableReporter::ReportContext(const Context& context) {
-  PrintBasicContext(&GetErrorStream(), context);
-  name_width_ = context.name_field_width;
-  char head[160];
-  std::snprintf(head, sizeof head, " %10s %10s %8s %8s %12s %9s  %s\n", "median us", "MB", "TB/s",
-                "of copy", "weight TB/s", "TFLOP/s", "kernel");
-  GetOutputStream() << "case" << std::string(name_width_ - 4, ' ') << head;
-  return true;
+Record figures(const Timed& timed, double median_us, const std::string& ceiling) {
+  const double seconds = median_us * 1e-6;
+  Record record;
+  if (timed.bytes > 0) {
+    record.set("bytes", static_cast<int64_t>(timed.bytes));
+    record.set("tb_per_s", timed.bytes / seconds / kTera);
+  }
+  if (timed.ceiling > 0) {
+    record.set("fraction_of_" + ceiling, timed.bytes / seconds / timed.ceiling);
+  }
+  if (timed.weight_bytes > 0) {
+    record.set("weight_bytes", static_cast<int64_t>(timed.weight_bytes));
+    record.set("weight_tb_per_s", timed.weight_bytes / seconds / kTera);
+  }
+  if (timed.flops > 0) record.set("tflop_per_s", timed.flops / seconds / kTera);
+  return record;
 }
 
+TableReporter::TableReporter(const Plan& plan, std::span<const Outcome> outcomes,
+                             bool skips_unsupported, std::ostream& out)
+    : plan_(plan), outcomes_(outcomes), skips_unsupported_(skips_unsupported), out_(out) {
+  for (size_t i = 0; i < plan.cases.size(); ++i) case_of_name_[plan.cases[i].name] = i;
+}
+
+bool TableReporter::ReportContext(const Context&) { return true; }
+
 void TableReporter::ReportRuns(const std::vector<Run>& runs) {
-  std::ostream& out = GetOutputStream();
   for (const Run& run : runs) {
-    char line[160];
-    const auto& counters = run.counters;
-    const auto copy = counters.find(kCopyTbPerS);
-    // Once a device; the spread of repetitions is no rate.
-    if (run.aggregate_name.empty() && copy != counters.end() &&
-        copy->second.value != copy_tb_per_s_) {
-      copy_tb_per_s_ = copy->second.value;
-      std::snprintf(line, sizeof line, "# copy, read plus written: %.4f TB/s\n", copy_tb_per_s_);
-      out << line;
-    }
-    std::string name = run.run_name.function_name;
-    if (!run.aggregate_name.empty()) name += "_" + run.aggregate_name;
-    out << name << std::string(name.size() < name_width_ ? name_width_ - name.size() : 0, ' ');
-    if (const std::string why = failure(run); !why.empty()) {
-      out << "  " << why << "\n";
-      continue;
-    }
-    std::snprintf(
-        line, sizeof line, " %10s %10s %8s %8s %12s %9s  ",
-        cell(counters, kMedianUs, "%.2f").c_str(), cell(counters, kBytes, "%.2f", 1e-6).c_str(),
-        cell(counters, kTbPerS, "%.4f").c_str(), cell(counters, kOfCopy, "%.1f%%", 100).c_str(),
-        cell(counters, kWeightTbPerS, "%.4f").c_str(), cell(counters, kTflopPerS, "%.3f").c_str());
-    out << line << run.report_label << "\n";
+    // Google Benchmark's own medians and deviations of repetitions are of its mean times.
+    if (run.aggregate_name.empty()) report(run);
   }
-  out.flush();
+  out_.flush();
+}
+
+void TableReporter::report(const Run& run) {
+  const size_t index = case_of_name_.at(run.run_name.function_name);
+  const Outcome& outcome = outcomes_[index];
+  const std::string error = failure(run);
+  Record record = outcome.record;
+  if (!error.empty() && !outcome.failed && skips_unsupported_) {
+    const std::string* kernel = record.find<std::string>("kernel");
+    ++declined_[(kernel == nullptr ? "" : *kernel + ": ") + error];
+    return;
+  }
+  if (error.empty()) {
+    const auto counter = [&](const char* name) {
+      return static_cast<double>(run.counters.at(name));
+    };
+    record.set("median_us", counter(kMedianUs));
+    record.set("quartiles_us",
+               std::vector<double>{counter(kFirstQuartileUs), counter(kThirdQuartileUs)});
+    record.set("rounds", static_cast<int64_t>(counter(kRounds)));
+    ++measured_;
+  } else {
+    record.set("error", error);
+  }
+  print_heading(plan_.cases[index].heading);
+  print_line(record, error);
+  records_.push_back(std::move(record));
+}
+
+void TableReporter::print_heading(const std::string& heading) {
+  if (heading == heading_) return;
+  heading_ = heading;
+  std::string titles;
+  for (const Column& column : plan_.columns) titles += padded(column.title, column.width);
+  out_ << "\n" << heading << "\n" << without_trailing_space(titles) << "\n";
+}
+
+void TableReporter::print_line(const Record& record, const std::string& error) {
+  std::string line;
+  for (const Column& column : plan_.columns) {
+    const std::string text = column.text(record);
+    if (!error.empty() && text == kNoValue) break;
+    line += padded(text, column.width);
+  }
+  if (!error.empty()) {
+    const std::string* kernel = record.find<std::string>("kernel");
+    line += "  " + (kernel == nullptr ? "" : *kernel + ": ") + error;
+  }
+  out_ << without_trailing_space(line) << "\n";
+}
+
+void TableReporter::Finalize() {
+  for (const auto& [reason, count] : declined_) {
+    if (&reason == &declined_.begin()->first) out_ << "\nNot measured:\n";
+    out_ << "  " << reason << (count > 1 ? " (" + std::to_string(count) + " cases)" : "") << "\n";
+  }
 }
 
 }  // namespace bench

@@ -21,23 +21,27 @@ class HostWeight {
   explicit HostWeight(const Problem& problem)
       : view_(problem.quantized().view()),
         packed_(problem.quantized().packed.to_host<uint8_t>(qn::packed_bytes(view_.numel()))),
-        codes_(problem.quantized().codes.to_host<uint8_t>(num_blocks())),
-        absmax2_(problem.quantized().absmax2.to_host<float>(qn::num_groups(num_blocks()))),
-        offset_(problem.quantized().offset.to_host<float>(1).front()) {}
+        absmax_(problem.quantized().absmax.to_host<float>(is_double() ? 0 : num_blocks())),
+        codes_(problem.quantized().codes.to_host<uint8_t>(is_double() ? num_blocks() : 0)),
+        absmax2_(problem.quantized().absmax2.to_host<float>(
+            is_double() ? qn::num_groups(num_blocks()) : 0)),
+        offset_(problem.quantized().offset.to_host<float>(is_double() ? 1 : 0)) {}
 
   int64_t num_blocks() const { return qn::num_blocks(view_.numel(), view_.block_size); }
   int64_t block_size() const { return view_.block_size; }
+  bool is_double() const { return view_.absmax.is_double_quantized(); }
   uint8_t code(int64_t element) const {
     const uint8_t byte = packed_[static_cast<size_t>(element / 2)];
     return element % 2 == 0 ? qn::first_nibble(byte) : qn::second_nibble(byte);
   }
   float absmax(int64_t block) const {
+    if (!is_double()) return absmax_[static_cast<size_t>(block)];
     const uint8_t code = codes_[static_cast<size_t>(block)];
     const float product =
         qn::kSignedDynamicMap.values[code] * absmax2_[static_cast<size_t>(block / qn::kGroupSize)];
     // Stored, so that no compiler makes one rounding of the two.
     volatile float rounded = product;
-    return rounded + offset_;
+    return rounded + offset_.front();
   }
   float value(int64_t element) const {
     return view_.codebook.values[code(element)] * absmax(element / view_.block_size);
@@ -47,9 +51,10 @@ class HostWeight {
  private:
   qn::QuantizedView view_;
   std::vector<uint8_t> packed_;
+  std::vector<float> absmax_;
   std::vector<uint8_t> codes_;
   std::vector<float> absmax2_;
-  float offset_;
+  std::vector<float> offset_;
 };
 
 /// About `wanted` numbers from [0, size), evenly spread, the first and the last among them.
@@ -70,6 +75,8 @@ std::string wrong(const char* what, int64_t index, double got, double expected) 
 struct Tolerance {
   double of_sum;
   double of_magnitude;
+  double
+      of_root;  ///< of the root of the sum of squares: eight deviations of roundings that are independent
 };
 
 /// One rounding of the result, and sums in fp32 that may round the weight to the dtype (fp32: to
@@ -77,11 +84,11 @@ struct Tolerance {
 Tolerance tolerance_of(qn::DType dtype) {
   switch (dtype) {
     case qn::DType::kFloat32:
-      return {1e-5, 1.0 / 16384};
+      return {1e-5, 1.0 / 16384, 1.0 / 384};
     case qn::DType::kFloat16:
-      return {1.0 / 1024, 1.0 / 4096};
+      return {1.0 / 1024, 1.0 / 4096, 1.0 / 384};
     default:
-      return {1.0 / 128, 1.0 / 2048};
+      return {1.0 / 128, 1.0 / 2048, 1.0 / 96};
   }
 }
 
@@ -100,13 +107,18 @@ std::string check_product(const Problem& problem, int64_t m, int64_t outputs, in
     for (const int64_t row : rows) {
       double sum = 0;
       double magnitude = 0;
+      double squares = 0;
       for (int64_t i = 0; i < depth; ++i) {
         const double term = x[row * depth + i] * factors[static_cast<size_t>(i)];
         sum += term;
         magnitude += std::abs(term);
+        squares += term * term;
       }
       const double got = y[row * outputs + output];
-      const double limit = std::abs(sum) * tolerance.of_sum + magnitude * tolerance.of_magnitude;
+      // Of a short sum the roundings do not cancel out.
+      const double roundings =
+          std::max(magnitude * tolerance.of_magnitude, std::sqrt(squares) * tolerance.of_root);
+      const double limit = std::abs(sum) * tolerance.of_sum + roundings;
       if (!(std::abs(got - sum) <= limit)) return wrong("output", row * outputs + output, got, sum);
     }
   }
@@ -132,7 +144,8 @@ std::string check_quantized(const Problem& problem) {
       if (weight.code(e) != expected) return wrong("code", e, weight.code(e), expected);
     }
     // Eight bits and a sign for the distance from the mean leave this much.
-    if (!(std::abs(weight.absmax(block) - absmax) <= 0.05f * absmax + 1e-6f)) {
+    const float slack = weight.is_double() ? 0.05f * absmax + 1e-6f : 0.0f;
+    if (!(std::abs(weight.absmax(block) - absmax) <= slack)) {
       return wrong("absmax", block, weight.absmax(block), absmax);
     }
   }

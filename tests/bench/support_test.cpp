@@ -1,9 +1,10 @@
-// What the benchmark programs share: their checks can fail, their options are understood.
+// The checks of qn_bench can fail.
 #include <gtest/gtest.h>
 
 #include <cstring>
-#include <stdexcept>
+#include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpp/elements.h"
@@ -96,32 +97,38 @@ TEST(HalfUlp, IsThatOfTheFormat) {
   EXPECT_EQ(half_ulp(1e-9, DType::kFloat16), half_ulp(0, DType::kFloat16));
 }
 
-TEST(Options, AreTakenOutAndOthersAreLeft) {
-  std::vector<std::string> arguments = {
-      "--shapes=64x128,256x32", "--benchmark_filter=x", "--m=1,64",
-      "--dtypes=fp16,fp32",     "--kernel=scalar",      "--devices=cpu"};
-  const Options options = parse_options(arguments);
-  EXPECT_EQ(options.shapes, (std::vector<Shape>{{64, 128}, {256, 32}}));
-  EXPECT_EQ(options.rows, (std::vector<int64_t>{1, 64}));
-  EXPECT_EQ(options.dtypes, (std::vector<DType>{DType::kFloat16, DType::kFloat32}));
-  EXPECT_EQ(options.kernel, "scalar");
-  EXPECT_EQ(options.devices, std::vector<std::string>{"cpu"});
-  EXPECT_EQ(arguments, std::vector<std::string>{"--benchmark_filter=x"});
+/// {quantization, whether the scales are in 8 bits}
+using Format = std::tuple<qlora_native::QuantType, int64_t, bool>;
+
+class BenchFormats : public testing::TestWithParam<Format> {};
+
+TEST_P(BenchFormats, EveryFormatIsCheckedAndAWrongScaleIsFound) {
+  const auto [type, block_size, double_quant] = GetParam();
+  const std::unique_ptr<Machine> machine = make_cpu_machine();
+  // Blocks that straddle rows, and a short one in the end.
+  Problem problem(*machine, {37, 50}, DType::kBFloat16, {type, block_size, double_quant});
+  const auto run = [](const Work& work) {
+    for (const auto& call : work.calls) call();
+  };
+  run(problem.quantize());
+  EXPECT_EQ(check_quantized(problem), "");
+  run(problem.dequantize());
+  EXPECT_EQ(check_dequantized(problem), "");
+  run(problem.matmul(kRows));
+  EXPECT_EQ(check_matmul(problem, kRows), "");
+  run(problem.matmul_transposed(kRows));
+  EXPECT_EQ(check_matmul_transposed(problem, kRows), "");
+  const QuantizedWeight& weight = problem.quantized();
+  *(double_quant ? weight.offset : weight.absmax).as<float>() *= 1.5f;
+  EXPECT_NE(check_quantized(problem), "");
+  EXPECT_NE(check_matmul_transposed(problem, kRows), "");
 }
 
-TEST(Options, SayWhatIsWrong) {
-  for (const char* bad : {"--shapes=64", "--shapes=64x", "--m=0", "--m=", "--m", "--dtypes=int8",
-                          "--devices=tpu", "--threads=many"}) {
-    std::vector<std::string> arguments = {bad};
-    try {
-      parse_options(arguments);
-      ADD_FAILURE() << bad << " was accepted";
-    } catch (const std::invalid_argument& error) {
-      const std::string option = std::string(bad).substr(0, std::string(bad).find('='));
-      EXPECT_NE(std::string(error.what()).find(option), std::string::npos) << error.what();
-    }
-  }
-}
+INSTANTIATE_TEST_SUITE_P(Formats, BenchFormats,
+                         testing::Combine(testing::Values(qlora_native::QuantType::kNF4,
+                                                          qlora_native::QuantType::kFP4,
+                                                          qlora_native::QuantType::kINT4),
+                                          testing::Values<int64_t>(32, 256), testing::Bool()));
 
 }  // namespace
 }  // namespace bench
