@@ -3,6 +3,7 @@
     python bench/plot.py bench/results/machine.json machine.png
 
 On a CPU the records with reused memory are drawn. torchao, many times slower, stays in the tables.
+Reports of qn_bench (--json) are drawn by kernel_plot.py.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "python"))
 import matplotlib
 
 matplotlib.use("Agg")
+import kernel_plot
 import matplotlib.pyplot as plt
 
-from records import DENSE, OURS, Record, Row, is_cpu, load, rows_of, steady
+from records import DENSE, OURS, Record, Row, is_cpu, is_of_qn_bench, load, rows_of, steady
 
 STYLES = {
     OURS: {"color": "#1f6feb", "marker": "o", "zorder": 4},
@@ -34,6 +36,9 @@ BARS = (("quantize", None), ("dequantize", None), ("linear", 1))
 
 def draw(report: dict[str, Any], target: Path) -> None:
     """Draw a report; the suffix of `target` says as what."""
+    if is_of_qn_bench(report):
+        kernel_plot.draw(report, target)
+        return
     rows = rows_of(steady(report["records"]))
     if not rows:
         raise ValueError("there are no records to draw")
@@ -181,7 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("report", type=Path, help="JSON from bench/python/peers.py")
+    parser.add_argument("report", type=Path, help="JSON from bench/python/peers.py or qn_bench")
     parser.add_argument("target", type=Path, help="image to write: .png, .svg or .pdf")
     options = parser.parse_args()
     draw(load(options.report), options.target)

@@ -202,7 +202,8 @@ std::vector<qn::Backing> backings_of(const Options& options, qn::Device device) 
 Plan paged_plan(const Options& options, Machine& machine) {
   const int64_t budget = options.budget_mib * kMiB;
   const std::vector<qn::Backing> backings = backings_of(options, machine.device());
-  const LinkRates link = measure_link(2 * budget, options.min_seconds);
+  const LinkRates link =
+      machine.device().is_cuda() ? measure_link(2 * budget, options.min_seconds) : LinkRates{};
   Plan plan;
   plan.ceiling = "link";
   if (machine.device().is_cuda()) {
