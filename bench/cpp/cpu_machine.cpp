@@ -42,6 +42,7 @@ class CpuMachine final : public Machine {
            (threads == 1 ? " thread" : " threads");
   }
   qlora_native::Stream stream() const override { return qlora_native::Stream::none(); }
+  void synchronize() override {}
 
   void* allocate(int64_t size_bytes) override {
     return ::operator new(static_cast<size_t>(size_bytes), kAlignment);

@@ -78,8 +78,4 @@ LinkRates measure_link(int64_t size_bytes, double min_seconds) {
           .both = 2 * bytes / seconds(true, true)};
 }
 
-void synchronize(qlora_native::Stream stream) {
-  check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream.handle())), "synchronize");
-}
-
 }  // namespace bench

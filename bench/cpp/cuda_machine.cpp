@@ -35,6 +35,7 @@ class CudaMachine final : public Machine {
   qlora_native::Stream stream() const override {
     return qlora_native::Stream::from_handle(stream_);
   }
+  void synchronize() override { check(cudaStreamSynchronize(stream_), "synchronize"); }
 
   void* allocate(int64_t size_bytes) override {
     void* data = nullptr;

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "qlora_native/stream.h"
-
 namespace bench {
 
 /// Bytes per second of copies of `size_bytes` between pinned host memory and the current device.
@@ -16,8 +14,5 @@ struct LinkRates {
 
 /// Medians, each over at least `min_seconds`. All zero in a build without CUDA.
 LinkRates measure_link(int64_t size_bytes, double min_seconds);
-
-/// Waits for what is queued on a stream; nothing to do on the CPU.
-void synchronize(qlora_native::Stream stream);
 
 }  // namespace bench

@@ -23,6 +23,8 @@ class Machine {
   /// Both, and what else the figures depend on.
   virtual std::string name() const = 0;
   virtual qlora_native::Stream stream() const = 0;
+  /// Waits for what is queued on `stream()`.
+  virtual void synchronize() = 0;
 
   /// Memory aligned to 256 bytes. Throws std::bad_alloc or qlora_native::OutOfMemory.
   virtual void* allocate(int64_t size_bytes) = 0;

@@ -48,7 +48,7 @@ class State {
     pool_.plan(ranges_);
     for (size_t i = 0; i < ranges_.size(); ++i) {
       void* const address = pool_.acquire(ranges_[i], qn::Access::kReadWrite, stream);
-      synchronize(stream);
+      machine_.synchronize();
       machine_.copy_to_host(bytes.data(), address, ranges_[i].size_bytes);
       expect(bytes, value_of(i, 0), "on the device");
       std::memset(bytes.data(), value_of(i, 1), bytes.size());
@@ -70,7 +70,7 @@ class State {
       pool_.acquire(range, qn::Access::kReadWrite, stream);
       pool_.release(range, stream);
     }
-    synchronize(stream);
+    machine_.synchronize();
   }
 
   /// Off the device and back.
@@ -79,7 +79,7 @@ class State {
     pool_.evict(ranges_, stream);
     pool_.prefetch(ranges_, stream);
     acquire_all();
-    synchronize(stream);
+    machine_.synchronize();
   }
 
   void acquire_all() {
