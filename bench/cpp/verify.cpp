@@ -71,12 +71,12 @@ std::string wrong(const char* what, int64_t index, double got, double expected) 
          ", expected " + std::to_string(expected);
 }
 
-/// How far a product may be off: a part of its size, and a part of the sizes that were added up.
+/// How far a product may be off: a part of its size, and a part of the sizes that were added up, or of
+/// the root of their squares: eight deviations of roundings that are independent.
 struct Tolerance {
   double of_sum;
   double of_magnitude;
-  double
-      of_root;  ///< of the root of the sum of squares: eight deviations of roundings that are independent
+  double of_root;
 };
 
 /// One rounding of the result, and sums in fp32 that may round the weight to the dtype (fp32: to
