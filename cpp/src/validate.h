@@ -4,8 +4,8 @@
 
 #include "qlora_native/codebook.h"
 #include "qlora_native/dequantize.h"
-#include "qlora_native/lora.h"
 #include "qlora_native/grouped_matmul.h"
+#include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"

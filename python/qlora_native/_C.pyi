@@ -245,6 +245,84 @@ def grouped_matmul_4bit_transposed(
     stream: int,
 ) -> None: ...
 
+class MatrixView:
+    """Where a matrix lies, for one call."""
+
+    @staticmethod
+    def make(
+        *, data: int, rows: int, cols: int, row_stride: int, dtype: int, device: int
+    ) -> MatrixView: ...
+
+class Dropout:
+    """Which elements of a matrix are dropped."""
+
+    @staticmethod
+    def make(*, p: float, seed: int, offset: int) -> Dropout: ...
+
+def lora_project_plan(
+    *,
+    x: MatrixView,
+    factor: MatrixView,
+    factor_transposed: bool,
+    scaling: float,
+    dropout: Dropout,
+    t: MatrixView,
+) -> int: ...
+def lora_project(
+    *,
+    x: MatrixView,
+    factor: MatrixView,
+    factor_transposed: bool,
+    scaling: float,
+    dropout: Dropout,
+    t: MatrixView,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
+def lora_update_plan(
+    *,
+    t: MatrixView,
+    factor: MatrixView,
+    factor_transposed: bool,
+    scaling: float,
+    dropout: Dropout,
+    y: MatrixView,
+) -> int: ...
+def lora_update(
+    *,
+    t: MatrixView,
+    factor: MatrixView,
+    factor_transposed: bool,
+    scaling: float,
+    dropout: Dropout,
+    y: MatrixView,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
+def lora_gradient_plan(
+    *,
+    s: MatrixView,
+    v: MatrixView,
+    transposed: bool,
+    scaling: float,
+    dropout: Dropout,
+    grad: MatrixView,
+) -> int: ...
+def lora_gradient(
+    *,
+    s: MatrixView,
+    v: MatrixView,
+    transposed: bool,
+    scaling: float,
+    dropout: Dropout,
+    grad: MatrixView,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
+
 class EagerOps:
     """
     Operations around torch's dispatcher. None: the call has to go through it.
