@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from qlora_native import _C, _checks, _library
+from qlora_native import _C, _checks, _grouped_ops, _library
 
 _ops = torch.ops.qlora_native
 
@@ -117,7 +117,7 @@ def grouped_linear_4bit(
     """The operator `grouped_linear_4bit`."""
     arguments = (x, group_ends, bias, *weight)
     if not is_traced() and is_plain(*arguments[:7]) and not needs_grad(x, bias):
-        return _library.grouped_linear_4bit(*arguments)
+        return _grouped_ops.grouped_linear_4bit(*arguments)
     return _ops.grouped_linear_4bit(*arguments)
 
 
@@ -127,7 +127,7 @@ def grouped_linear_4bit_dx(
     """The operator `grouped_linear_4bit_dx`."""
     arguments = (dy, group_ends, *weight)
     if not is_traced() and is_plain(*arguments[:6]) and not needs_grad(dy):
-        return _library.grouped_linear_4bit_dx(*arguments)
+        return _grouped_ops.grouped_linear_4bit_dx(*arguments)
     return _ops.grouped_linear_4bit_dx(*arguments)
 
 

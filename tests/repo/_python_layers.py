@@ -13,7 +13,7 @@ LAYERS = (
     ("_C", "_files"),
     ("_checks", "_threads"),
     ("_weight",),
-    ("_library", "_lora_layers", "_lora_ops"),
+    ("_library", "_grouped_ops", "_lora_layers", "_lora_ops"),
     ("_eager",),
     ("_autograd", "_lora_autograd"),
     ("functional", "kernels"),
