@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 cmake_defines := -Ccmake.define.QLORA_NATIVE_CUDA=$(CUDA) \
   $(if $(CUDA_ARCHITECTURES),-Ccmake.define.QLORA_NATIVE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)")
 
-.PHONY: help bootstrap build test test-matrix lint format sanitize demo bench gpu docs wheel clean
+.PHONY: help bootstrap build test test-matrix lint format sanitize tsan demo bench gpu docs wheel clean
 
 help:
 	@echo "make test    build and run every test that needs no GPU"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench   measure, alone and beside bitsandbytes and dense bf16; redraw README's figures"
 	@echo "make lint    formatting and static checks (make format repairs)"
 	@echo "make sanitize  the C and C++ tests under ASan and UBSan"
+	@echo "make tsan    those of threads and paged memory under the thread sanitizer"
 	@echo "make docs    the manual and the API reference, in build/docs"
 	@echo "make wheel   an sdist and a wheel, in dist"
 
@@ -63,6 +64,11 @@ sanitize: bootstrap
 	$(BIN)/cmake --preset asan-ubsan
 	$(BIN)/cmake --build --preset asan-ubsan
 	$(BIN)/ctest --preset asan-ubsan -j 2
+
+tsan: bootstrap
+	$(BIN)/cmake --preset tsan
+	$(BIN)/cmake --build --preset tsan
+	$(BIN)/ctest --preset tsan
 
 demo: build
 	$(BIN)/python examples/demo/demo.py
