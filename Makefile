@@ -22,7 +22,7 @@ help:
 	@echo "make bench   measure, alone and beside bitsandbytes and dense bf16; redraw README's figures"
 	@echo "make lint    formatting and static checks (make format repairs)"
 	@echo "make sanitize  the C and C++ tests under ASan and UBSan"
-	@echo "make tsan    those of threads and paged memory under the thread sanitizer"
+	@echo "make tsan    the C ABI's tests, of concurrent calls too, under the thread sanitizer"
 	@echo "make docs    the manual and the API reference, in build/docs"
 	@echo "make wheel   an sdist and a wheel, in dist"
 
