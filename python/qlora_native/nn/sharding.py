@@ -78,6 +78,8 @@ def shard_from_rank_0(model: nn.Module, device: torch.device, mesh: Any = None) 
     Raises:
         ValueError: the models differ; on every rank.
     """
+    if mesh is None:
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     is_source = dist.get_rank() == 0
     mine = [(n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()]
     buffers = {n: b.to(device) for n, b in model.named_buffers()} if is_source else {}
