@@ -21,10 +21,10 @@ from qlora_native.cli.progress import stderr, stdout
 class Ranks:
     """This process's place among those that train together; a lone one is rank 0 of 1."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, timeout: datetime.timedelta | None = None) -> None:
         self.rank, self.size = rank, size
         # Of its own, so that agreeing on something does not wait for a GPU.
-        self._host_group = dist.new_group(backend="gloo") if size > 1 else None
+        self._host_group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
 
     @property
     def is_main(self) -> bool:
@@ -88,12 +88,10 @@ def ranks(device: str, timeout_seconds: int) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     if rank > 0:
         stdout.quiet = stderr.quiet = True
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-        )
-        yield Ranks(rank, size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+        yield Ranks(rank, size, timeout)
         dist.destroy_process_group()
     except InputError:
         raise
