@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
 from _cli import finetune_arguments, make_model, run_cli, sentences, write_jsonl
+from _hf import tiny
 from qlora_native.cli import packed_store
+from qlora_native.cli import quantize as cli_quantize
+from qlora_native.cli.options import QuantizeOptions
 from qlora_native.hf import QLoRANativeConfig, layer_kinds
 from qlora_native.nn import Linear4bit
 
@@ -189,6 +193,40 @@ def test_what_quantize_refuses(folder, tmp_path, extra, message):
     result = run_cli("quantize", folder / "model", tmp_path / "out", *extra)
     assert result.code == 2 and message in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_is_no_model_for_bitsandbytes(tmp_path):
+    """Said before anything is quantized."""
+    model = tmp_path / "mixture"
+    tiny("mixtral").save_pretrained(model)
+    command = ("quantize", model, tmp_path / "out", "--format", "bitsandbytes")
+    result = run_cli(*command)
+    assert result.code == 2 and "no place for layers of experts" in result.err
+    assert "model.layers.0.mlp.experts" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_kept_of_an_interrupted_run_is_of_these_weights(tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model")
+    options = QuantizeOptions(model=str(model), output=tmp_path / "out")
+    before = cli_quantize._description(options, QLoRANativeConfig())
+    assert cli_quantize._description(options, QLoRANativeConfig()) == before
+    (weights,) = model.glob("*.safetensors")
+    torch.save(load_file(weights), model / "pytorch_model.bin")
+    weights.unlink()
+    binary = cli_quantize._description(options, QLoRANativeConfig())
+    assert binary != before
+    state = torch.load(model / "pytorch_model.bin")
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, model / "pytorch_model.bin")
+    assert cli_quantize._description(options, QLoRANativeConfig()) != binary
+
+    commits = []
+    for commit in ("1" * 40, "2" * 40):
+        config = types.SimpleNamespace(_commit_hash=commit)
+        monkeypatch.setattr(cli_quantize.loading, "load_config", lambda model, c=config: c)
+        hub = QuantizeOptions(model="someone/model", output=tmp_path / "out")
+        commits.append(cli_quantize._description(hub, QLoRANativeConfig()))
+    assert commits[0] != commits[1]
 
 
 def test_a_folder_that_is_in_use_is_not_overwritten(folder, tmp_path):

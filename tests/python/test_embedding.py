@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -197,6 +198,17 @@ def test_a_tied_head_that_is_to_stay_dense_is_a_contradiction(tied, entry):
     message = f"modules_to_not_convert has {[entry]}: "
     with pytest.raises(ValueError, match=re.escape(message)):
         load(tied, modules_to_not_convert=["q_proj", entry])
+
+
+def test_embeddings_that_compute_more_are_refused(tmp_path):
+    """Gemma 3's scales its rows, and takes the weight's dtype for that of the scale."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+    )  # fmt: skip
+    folder = _hf_models.save(transformers.Gemma3ForCausalLM(config), tmp_path)
+    with pytest.raises(ValueError, match=r"Gemma3TextScaledWordEmbedding, which computes more"):
+        load(folder)
 
 
 def test_entries_that_match_other_modules_leave_the_embedding_alone(tied):

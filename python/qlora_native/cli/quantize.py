@@ -6,6 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from transformers.quantizers.quantizers_utils import should_convert_module
+
 from qlora_native.cli import loading, models, output
 from qlora_native.cli.errors import InputError, Interrupted, display_path, require
 from qlora_native.cli.options import QuantizeOptions
@@ -13,6 +17,7 @@ from qlora_native.cli.packed_store import PackedStore, is_same_run
 from qlora_native.cli.progress import stdout
 from qlora_native.hf import QLoRANativeConfig
 from qlora_native.hf.model_card import write_model_card
+from qlora_native.nn.expert_conversion import is_experts
 
 _FORMATS = ("native", "bitsandbytes")
 
@@ -32,6 +37,7 @@ def quantize(options: QuantizeOptions) -> None:
         models.stored_quantization(options.model) is None,
         f"MODEL {options.model}: it is in 4 bits already",
     )
+    _check_experts(options, config)
     run = _description(options, config)
     folder = options.output
     output.check_output(
@@ -97,15 +103,40 @@ def _config(options: QuantizeOptions) -> QLoRANativeConfig:
         raise InputError(f"--compute-dtype {options.compute_dtype}: {error}") from error
 
 
+def _check_experts(options: QuantizeOptions, config: QLoRANativeConfig) -> None:
+    """Refuses a format that has no place for experts before they are quantized for nothing."""
+    if options.format == "native":
+        return
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(loading.load_config(options.model))
+    kept = config.modules_to_not_convert
+    experts = [
+        name
+        for name, module in model.named_modules()
+        if is_experts(module) and should_convert_module(name, kept)
+    ]
+    require(
+        not experts,
+        f"--format {options.format}: it has no place for layers of experts, and MODEL "
+        f"{options.model} has {len(experts)} ({', '.join(experts[:1])}); use --format native, or "
+        "--skip-modules to leave them dense",
+    )
+
+
 def _description(options: QuantizeOptions, config: QLoRANativeConfig) -> dict[str, Any]:
     """What decides the packed bytes: kept ones of another description are not used."""
     folder = Path(options.model).expanduser()
     files = {
         path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(folder.glob("*.safetensors"))
+        for pattern in ("*.safetensors", "*.bin", "*.index.json")
+        for path in sorted(folder.glob(pattern))
     }
-    return {"model": str(folder.resolve() if files else folder), "files": files} | {
-        "config": config.to_dict()
+    return {
+        "model": str(folder.resolve() if files else folder),
+        "files": files,
+        # Of a model on the hub, whose branches move.
+        "commit": getattr(loading.load_config(options.model), "_commit_hash", None),
+        "config": config.to_dict(),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_native.nn.embedding import Embedding4bit
@@ -16,9 +17,15 @@ def token_embeddings(model: Any, modules_to_not_convert: Sequence[str] | None) -
     """Paths of the token embeddings and of the modules that are tied to them.
 
     Raises:
-        ValueError: one of them is to stay as it is: they have one weight.
+        ValueError: one of them is to stay as it is: they have one weight. Or the embeddings are of
+            a class of their own, whose forward may read the weight or its dtype.
     """
     embeddings = model.get_input_embeddings()
+    if type(embeddings) not in (nn.Embedding, Embedding4bit):
+        raise ValueError(
+            "quantize_embeddings=True, but the token embeddings are a "
+            f"{type(embeddings).__name__}, which computes more than nn.Embedding: leave them dense"
+        )
     names = {name for name, module in model.named_modules() if module is embeddings}
     for target, source in _tied(model).items():
         pair = {target.rpartition(".")[0], source.rpartition(".")[0]}
