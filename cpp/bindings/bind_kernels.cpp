@@ -10,6 +10,7 @@
 
 #include "bindings.h"
 #include "qlora_native/error.h"
+#include "qlora_native/grouped_matmul.h"
 #include "qlora_native/kernels.h"
 
 namespace nb = nanobind;
@@ -33,7 +34,8 @@ qn::DeviceType device_type_of(const std::string& type_name) {
   throw qn::InvalidArgument("no device type named '" + type_name + "'; there are: cpu, cuda");
 }
 
-/// Answers for arrays that do not exist: contiguous, aligned ones of the given shape.
+/// Answers for arrays that do not exist: contiguous, aligned ones of the given shape; for groups of
+/// rows, for one group.
 std::pair<std::string, bool> selected_kernel(const std::string& op_name, int64_t m, int64_t rows,
                                              int64_t cols, int dtype_code, int64_t block_size,
                                              bool double_quant, const qn::Codebook& codebook,
@@ -68,6 +70,22 @@ std::pair<std::string, bool> selected_kernel(const std::string& op_name, int64_t
       const qn::MatmulTransposedArgs args{
           {nowhere, m, rows, rows, dtype, device}, weight, {nowhere, m, cols, cols, dtype, device}};
       return {qn::selected_kernel(args), qn::matmul_4bit_transposed_plan(args).prefers_dense};
+    }
+    case qn::Op::kGroupedMatmul4bit: {
+      const qn::GroupedMatmulArgs args{{nowhere, m, cols, cols, dtype, device},
+                                       {&m, 1, qn::IndexType::kInt64, device},
+                                       {.first = weight, .count = 1},
+                                       {},
+                                       {nowhere, m, rows, rows, dtype, device}};
+      return {qn::selected_kernel(args), qn::grouped_matmul_4bit_plan(args).prefers_dense};
+    }
+    case qn::Op::kGroupedMatmul4bitTransposed: {
+      const qn::GroupedMatmulTransposedArgs args{{nowhere, m, rows, rows, dtype, device},
+                                                 {&m, 1, qn::IndexType::kInt64, device},
+                                                 {.first = weight, .count = 1},
+                                                 {nowhere, m, cols, cols, dtype, device}};
+      return {qn::selected_kernel(args),
+              qn::grouped_matmul_4bit_transposed_plan(args).prefers_dense};
     }
     default:
       throw qn::InvalidArgument(op_name + " has no 4-bit weight whose shape would pick a kernel");

@@ -68,7 +68,7 @@ def selected_for(
     Args:
         op: as in `list`.
         shape: ``[out_features, in_features]`` of the weight.
-        m: rows of the activations, for the matrix products.
+        m: rows of the activations, for the matrix products; of a single group, for those of groups.
         dtype: of the activations, or of the dense tensor.
         device: where the weight is.
         quant_type, block_size, double_quant, codebook: the weight's format.

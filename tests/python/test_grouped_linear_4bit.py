@@ -154,6 +154,14 @@ def test_a_graph_holds_it_and_replays_it_with_other_groups():
         assert (y.cpu().double() - reference).norm() < 0.006 * reference.norm()
 
 
+@pytest.mark.parametrize("op", ["grouped_matmul_4bit", "grouped_matmul_4bit_transposed"])
+def test_the_kernel_of_one_group_can_be_asked_for(device, op):
+    names = {kernel.name for kernel in qn.kernels.list(op) if kernel.device == device}
+    assert qn.kernels.selected_for(op, (64, 128), m=3, device=device) in names
+    with qn.kernels.force(op, "scalar"):
+        assert qn.kernels.selected_for(op, (64, 128), m=300) == "scalar"
+
+
 def test_the_bias_is_that_of_the_group(device):
     stack = stack_of((3, 24, 64), device)
     ends, sizes = torch.tensor([2, 2, 9], device=device), torch.tensor([2, 0, 7])
