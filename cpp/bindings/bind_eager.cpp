@@ -10,6 +10,7 @@
 #include "bindings.h"
 #include "eager_arguments.h"
 #include "qlora_native/dequantize.h"
+#include "qlora_native/lora.h"
 #include "qlora_native/matmul.h"
 #include "torch_eager.h"
 
@@ -52,6 +53,12 @@ struct Output {
   int64_t workspace_bytes = 0;
 };
 
+/// An adapter as Python has it.
+struct AdapterObjects {
+  nb::handle a, b;
+  float scaling;
+};
+
 class EagerOps {
  public:
   explicit EagerOps(const TorchFunctions& functions) : torch_(functions) {}
@@ -86,6 +93,27 @@ class EagerOps {
       return nb::none();
     }
     return run_linear(x, bias, weight);
+  }
+
+  nb::object lora(nb::handle x, nb::handle bias, const AdapterObjects& adapter,
+                  const WeightObjects& objects) {
+    EagerWeight weight;
+    if (!is_direct({x, bias, adapter.a, adapter.b}, true) ||
+        !read_weight(torch_, objects, &weight)) {
+      return nb::none();
+    }
+    return run_lora(x, bias, adapter, weight);
+  }
+
+  nb::object lora_of_layer(nb::handle x, const AdapterObjects& adapter,
+                           const LayerObjects& objects) {
+    EagerWeight weight;
+    nb::object bias;
+    if (!read_layer(torch_, objects, &weight, &bias) ||
+        !is_direct({x, bias, adapter.a, adapter.b}, true)) {
+      return nb::none();
+    }
+    return run_lora(x, bias, adapter, weight);
   }
 
   nb::object linear_dx(nb::handle dy, const WeightObjects& objects) {
@@ -161,6 +189,34 @@ class EagerOps {
     return run(output, [&](void* data, qn::Workspace workspace, qn::Stream stream) {
       args.y.data = data;
       qn::matmul_4bit(args, workspace, stream);
+    });
+  }
+
+  /// Without dropout. None where a dense product is faster: there are many rows then.
+  nb::object run_lora(nb::handle x, nb::handle bias, const AdapterObjects& adapter,
+                      const EagerWeight& weight) {
+    dlpack::Tensor described;
+    qn::LoraForwardArgs args{};
+    Output output;
+    if (weight.shape.ndim != 2 || weight.view.rows == 0 ||
+        !read_activation(torch_, x, weight, weight.view.cols, &described, &args.x) ||
+        !read_bias(torch_, bias, weight, args.x.dtype, &args.bias) ||
+        !read_adapter(torch_, adapter.a, adapter.b, weight, args.x.dtype, &args.a, &args.b) ||
+        !output_shape(described, weight.view.rows, &output.shape)) {
+      return nb::none();
+    }
+    args.weight = weight.view;
+    args.scaling = adapter.scaling;
+    args.y = output_matrix(args.x, weight.view.rows);
+    share_threads(weight.view.device);
+    const qn::MatmulArgs product{args.x, args.weight, args.bias, args.y};
+    if (qn::matmul_4bit_plan(product).prefers_dense) return nb::none();
+    output.dtype = args.x.dtype;
+    output.device = weight.view.device;
+    output.workspace_bytes = qn::lora_forward_workspace_bytes(args);
+    return run(output, [&](void* data, qn::Workspace workspace, qn::Stream stream) {
+      args.y.data = data;
+      qn::lora_forward(args, workspace, stream);
     });
   }
 
@@ -277,6 +333,29 @@ void bind_eager(nb::module_& m) {
           },
           "x"_a.none(), "parameters"_a, "rows"_a, "cols"_a, "block_size"_a, "quant_type"_a.none(),
           "codebook"_a.none(), "Over the parameters of nn.Linear4bit. Heeds autocast.")
+      .def(
+          "linear_4bit_lora",
+          [](EagerOps& self, Object x, Object bias, Object a, Object b, float scaling,
+             Object packed, Object absmax, Object absmax2, Object offset, Object shape,
+             Object block_size, Object quant_type, Object codebook) {
+            return self.lora(
+                x, bias, {a, b, scaling},
+                {packed, absmax, absmax2, offset, shape, block_size, quant_type, codebook});
+          },
+          "x"_a.none(), "bias"_a.none(), "a"_a.none(), "b"_a.none(), "scaling"_a, "packed"_a.none(),
+          "absmax"_a.none(), "absmax2"_a.none(), "offset"_a.none(), "shape"_a.none(),
+          "block_size"_a.none(), "quant_type"_a.none(), "codebook"_a.none(),
+          "Without dropout. Heeds autocast.")
+      .def(
+          "linear_4bit_lora_of_layer",
+          [](EagerOps& self, Object x, Object a, Object b, float scaling, nb::dict parameters,
+             int64_t rows, int64_t cols, int64_t block_size, Object quant_type, Object codebook) {
+            return self.lora_of_layer(x, {a, b, scaling},
+                                      {parameters, quant_type, codebook, rows, cols, block_size});
+          },
+          "x"_a.none(), "a"_a.none(), "b"_a.none(), "scaling"_a, "parameters"_a, "rows"_a, "cols"_a,
+          "block_size"_a, "quant_type"_a.none(), "codebook"_a.none(),
+          "Over the parameters of nn.Linear4bit, without dropout. Heeds autocast.")
       .def(
           "linear_4bit_dx",
           [](EagerOps& self, Object dy, Object packed, Object absmax, Object absmax2, Object offset,

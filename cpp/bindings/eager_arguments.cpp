@@ -88,6 +88,26 @@ bool read_packed(const Torch& torch, nb::handle tensor, EagerWeight* out) {
   return true;
 }
 
+/// A matrix beside `weight` whose rows are contiguous, of `dtype` or fp32.
+bool read_factor(const Torch& torch, nb::handle tensor, const EagerWeight& weight, qn::DType dtype,
+                 qn::MatrixView* out) {
+  dlpack::Tensor described;
+  if (!torch.describe(tensor, &described) || !float_dtype_of(described.dtype, &out->dtype) ||
+      (out->dtype != dtype && out->dtype != qn::DType::kFloat32) ||
+      described.device != weight.device || described.ndim != 2 || torch.is_negated(tensor)) {
+    return false;
+  }
+  const int64_t rows = described.shape[0];
+  const int64_t cols = described.shape[1];
+  if (cols > 1 && described.strides[1] != 1) return false;
+  out->data = described.data;
+  out->rows = rows;
+  out->cols = cols;
+  out->row_stride = rows > 1 ? described.strides[0] : cols;
+  out->device = weight.view.device;
+  return out->row_stride >= cols;
+}
+
 /// fp32 values kept as bytes.
 bool read_raw_floats(const Torch& torch, nb::handle tensor, int64_t count, dlpack::Device device,
                      const float** data) {
@@ -199,6 +219,13 @@ bool read_bias(const Torch& torch, nb::handle tensor, const EagerWeight& weight,
   out->size = weight.view.rows;
   out->device = weight.view.device;
   return true;
+}
+
+bool read_adapter(const Torch& torch, nb::handle a, nb::handle b, const EagerWeight& weight,
+                  qn::DType dtype, qn::MatrixView* out_a, qn::MatrixView* out_b) {
+  return read_factor(torch, a, weight, dtype, out_a) &&
+         read_factor(torch, b, weight, dtype, out_b) && out_a->cols == weight.view.cols &&
+         out_b->rows == weight.view.rows && out_a->rows == out_b->cols && out_a->rows > 0;
 }
 
 bool output_shape(const dlpack::Tensor& input, int64_t features, Shape* out) {

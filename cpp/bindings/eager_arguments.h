@@ -58,5 +58,10 @@ bool read_activation(const Torch& torch, nanobind::handle tensor, const EagerWei
 bool read_bias(const Torch& torch, nanobind::handle tensor, const EagerWeight& weight,
                qlora_native::DType dtype, qlora_native::VectorView* out);
 
+/// An adapter's A [r, in_features] and B [out_features, r] for `weight`, of `dtype` or fp32.
+bool read_adapter(const Torch& torch, nanobind::handle a, nanobind::handle b,
+                  const EagerWeight& weight, qlora_native::DType dtype,
+                  qlora_native::MatrixView* out_a, qlora_native::MatrixView* out_b);
+
 /// `input`'s shape with another last dimension.
 bool output_shape(const dlpack::Tensor& input, int64_t features, Shape* out);

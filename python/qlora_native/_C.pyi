@@ -391,6 +391,39 @@ class EagerOps:
     ) -> object:
         """Over the parameters of nn.Linear4bit. Heeds autocast."""
 
+    def linear_4bit_lora(
+        self,
+        x: object | None,
+        bias: object | None,
+        a: object | None,
+        b: object | None,
+        scaling: float,
+        packed: object | None,
+        absmax: object | None,
+        absmax2: object | None,
+        offset: object | None,
+        shape: object | None,
+        block_size: object | None,
+        quant_type: object | None,
+        codebook: object | None,
+    ) -> object:
+        """Without dropout. Heeds autocast."""
+
+    def linear_4bit_lora_of_layer(
+        self,
+        x: object | None,
+        a: object | None,
+        b: object | None,
+        scaling: float,
+        parameters: dict,
+        rows: int,
+        cols: int,
+        block_size: int,
+        quant_type: object | None,
+        codebook: object | None,
+    ) -> object:
+        """Over the parameters of nn.Linear4bit, without dropout. Heeds autocast."""
+
     def linear_4bit_dx(
         self,
         dy: object | None,

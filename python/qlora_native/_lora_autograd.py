@@ -39,12 +39,16 @@ def _tensors(layers: Sequence[Layer]) -> list[torch.Tensor | None]:
 
 
 def _run(
-    kernel: Any, operator: Any, seen: Sequence[torch.Tensor | None], *arguments: Any
+    function: Any,
+    operator: Any,
+    seen: Sequence[torch.Tensor | None],
+    arguments: Sequence[Any],
+    layers: Sequence[Layer],
 ) -> list[torch.Tensor]:
-    """Call the kernel by itself where nothing of torch has to see the operator."""
-    if not _eager.is_traced() and _eager.is_plain(*seen):
-        return kernel(*arguments)
-    return operator(*arguments)
+    """Compute by the function itself where nothing of torch has to see the operator."""
+    if not _eager.is_traced() and _eager.is_plain(*seen, *_tensors(layers)):
+        return function(*arguments, layers)
+    return operator(*arguments, *operator_lists(layers))
 
 
 class LinearLora(torch.autograd.Function):
@@ -58,9 +62,7 @@ class LinearLora(torch.autograd.Function):
         x: torch.Tensor, rng: torch.Tensor | None, dropout_p: float, *flat: Any
     ) -> tuple[torch.Tensor, ...]:
         bias, layers = _unflat(flat)
-        arguments = (x, rng, dropout_p, bias, *operator_lists(layers))
-        seen = [x, *bias, *_tensors(layers)]
-        return tuple(_run(_lora_ops.linear_4bit_lora, _ops.linear_4bit_lora, seen, *arguments))
+        return tuple(_forward(x, rng, dropout_p, bias, layers))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -101,10 +103,9 @@ class LinearLora(torch.autograd.Function):
         wants_bias, wants_a, wants_b = (needs_layers[i::_PER_LAYER] for i in range(3))
         results = iter(())
         if needs_x or any(wants_a) or any(wants_b):
-            kernel, operator = (_lora_ops.linear_4bit_lora_backward, _ops.linear_4bit_lora_backward)
-            wants = (needs_x, list(wants_a), list(wants_b))
-            arguments = (dy, x, t, rng, ctx.dropout_p, *wants, *operator_lists(layers))
-            results = iter(_run(kernel, operator, [*dy, x, t, *_tensors(layers)], *arguments))
+            arguments = (dy, x, t, rng, ctx.dropout_p, needs_x, list(wants_a), list(wants_b))
+            operator = _ops.linear_4bit_lora_backward
+            results = iter(_run(_lora_ops.backward, operator, [*dy, x, t], arguments, layers))
         dx = next(results) if needs_x else None
         da = [next(results) if wants else None for wants in wants_a]
         db = [next(results) if wants else None for wants in wants_b]
@@ -116,6 +117,21 @@ class LinearLora(torch.autograd.Function):
         return (dx, None, None, *flat)
 
 
+# As `_autograd._apply_linear_4bit`.
+_apply_linear_lora = super(torch.autograd.Function, LinearLora).apply
+
+
+def _forward(
+    x: torch.Tensor,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    bias: Sequence[torch.Tensor | None],
+    layers: Sequence[Layer],
+) -> list[torch.Tensor]:
+    arguments = (x, rng, dropout_p, list(bias))
+    return _run(_lora_ops.forward, _ops.linear_4bit_lora, [x, *bias], arguments, layers)
+
+
 def linear_4bit_lora(
     x: torch.Tensor,
     rng: torch.Tensor | None,
@@ -125,10 +141,12 @@ def linear_4bit_lora(
 ) -> list[torch.Tensor]:
     """Return y of every layer: the operator, differentiable in x and every bias, A and B."""
     seen = [x, *bias, *_tensors(layers)]
-    if needs_grad(*seen):
-        return list(LinearLora.apply(x, rng, dropout_p, *_flat(bias, layers))[:-1])
-    arguments = (x, rng, dropout_p, list(bias), *operator_lists(layers))
-    return _run(_lora_ops.linear_4bit_lora, _ops.linear_4bit_lora, seen, *arguments)[:-1]
+    if not needs_grad(*seen):
+        return _forward(x, rng, dropout_p, bias, layers)[:-1]
+    flat = _flat(bias, layers)
+    if not _eager.is_traced() and _eager.is_plain(*seen):
+        return list(_apply_linear_lora(x, rng, dropout_p, *flat)[:-1])
+    return list(LinearLora.apply(x, rng, dropout_p, *flat)[:-1])
 
 
 def _autograd_kernel(

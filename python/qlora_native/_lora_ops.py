@@ -145,16 +145,15 @@ def _gradient(
     return grad
 
 
-def linear_4bit_lora(
+def forward(
     x: torch.Tensor,
     rng: torch.Tensor | None,
     dropout_p: float,
     bias: Sequence[torch.Tensor | None],
-    *lists: Any,
+    layers: Sequence[Layer],
 ) -> list[torch.Tensor]:
-    """The operator's kernel on a CPU and on CUDA devices."""
-    layers = layers_of(*lists)
-    results = _forward_fake(x, rng, dropout_p, bias, *lists)
+    """Compute the operator `linear_4bit_lora` on a CPU or a CUDA device."""
+    results = _empty_results(x, rng, dropout_p, bias, layers)
     *outputs, t = results
     rows, row_stride = _library.as_rows(x, x.shape[-1])
     dropout = _dropout(dropout_p, rng)
@@ -167,14 +166,13 @@ def linear_4bit_lora(
     return results
 
 
-def _forward_fake(
+def _empty_results(
     x: torch.Tensor,
     rng: torch.Tensor | None,
     dropout_p: float,
     bias: Sequence[torch.Tensor | None],
-    *lists: Any,
+    layers: Sequence[Layer],
 ) -> list[torch.Tensor]:
-    layers = layers_of(*lists)
     _check_layers(x, rng, dropout_p, layers)
     outputs = []
     for layer, one_bias in zip(layers, bias, strict=True):
@@ -185,7 +183,7 @@ def _forward_fake(
     return [*outputs, x.new_empty(math.prod(x.shape[:-1]), ranks)]
 
 
-def linear_4bit_lora_backward(
+def backward(
     dy: Sequence[torch.Tensor],
     x: torch.Tensor | None,
     t: torch.Tensor | None,
@@ -194,10 +192,9 @@ def linear_4bit_lora_backward(
     wants_dx: bool,
     wants_da: Sequence[bool],
     wants_db: Sequence[bool],
-    *lists: Any,
+    layers: Sequence[Layer],
 ) -> list[torch.Tensor]:
-    """The operator's kernel on a CPU and on CUDA devices."""
-    layers = layers_of(*lists)
+    """Compute the operator `linear_4bit_lora_backward` on a CPU or a CUDA device."""
     _check_backward(dy, x, t, rng, dropout_p, wants_da, wants_db, layers)
     slices = rank_slices(layers)
     dropout = _dropout(dropout_p, rng)
@@ -232,7 +229,7 @@ def linear_4bit_lora_backward(
     return grads
 
 
-def _backward_fake(
+def _empty_gradients(
     dy: Sequence[torch.Tensor],
     x: torch.Tensor | None,
     t: torch.Tensor | None,
@@ -241,9 +238,8 @@ def _backward_fake(
     wants_dx: bool,
     wants_da: Sequence[bool],
     wants_db: Sequence[bool],
-    *lists: Any,
+    layers: Sequence[Layer],
 ) -> list[torch.Tensor]:
-    layers = layers_of(*lists)
     _check_backward(dy, x, t, rng, dropout_p, wants_da, wants_db, layers)
     grads = []
     if wants_dx:
@@ -295,8 +291,13 @@ def _check_backward(
                 )
 
 
-_library.register(FORWARD, linear_4bit_lora, _forward_fake)
-_library.register(BACKWARD, linear_4bit_lora_backward, _backward_fake)
+def _of_lists(function: Callable[..., Any], before: int) -> Callable[..., Any]:
+    """Return `function` as an operator's, which takes lists after the first `before` arguments."""
+    return lambda *arguments: function(*arguments[:before], layers_of(*arguments[before:]))
+
+
+_library.register(FORWARD, _of_lists(forward, 4), _of_lists(_empty_results, 4))
+_library.register(BACKWARD, _of_lists(backward, 8), _of_lists(_empty_gradients, 8))
 
 
 @register_flop_formula(torch.ops.qlora_native.linear_4bit_lora)

@@ -31,6 +31,7 @@ __all__ = [
 
 _ops = torch.ops.qlora_native
 _run_linear_4bit = _eager.OPS.linear_4bit
+_run_linear_4bit_lora = _eager.OPS.linear_4bit_lora
 _is_traced = _eager.is_traced
 
 
@@ -329,6 +330,13 @@ def linear_4bit_lora(
         TypeError, ValueError: shapes, dtypes or devices do not fit; the message holds them.
         RuntimeError: dropout while a CUDA graph is captured, which would repeat one mask for ever.
     """
+    if dropout_p == 0.0 and not _is_traced():
+        y = _run_linear_4bit_lora(
+            x, bias, a, b, scaling, q.packed, q.absmax, q.absmax2, q.offset, q.shape, q.block_size,
+            q.quant_type, q.codebook,
+        )  # fmt: skip
+        if y is not None:
+            return y
     return linear_4bit_lora_group(
         x, [(q, a, b, scaling)], biases=[bias], dropout_p=dropout_p, generator=generator
     )[0]

@@ -8,16 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import qlora_native as qn
 from _adapted import adapted, base_layer, dense_weight
 from _dropout import drawn_factor
 from _models import randomize_adapters
+from qlora_native import _eager
 from qlora_native.nn import (
     Linear4bit,
     LoraLinear,
     LoraSettings,
     lora_parameters,
 )
+from qlora_native.nn import adapted as adapted_module
 
 
 @pytest.mark.parametrize("kind", ["dense", "4bit"])
@@ -110,6 +114,100 @@ def test_dropout_acts_in_training_on_the_adapter_only():
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(noisy, layer.base_layer(x) + F.linear(F.linear(dropped, a), b) * 2)
     assert not torch.equal(noisy, quiet)
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """Counts what goes through the one operation."""
+    calls = []
+    for name in ("linear_4bit_lora", "_run_linear_4bit_lora"):
+        function = getattr(adapted_module, name)
+        counted = lambda *a, f=function, **k: (f(*a, **k), calls.append(f))[0]  # noqa: E731
+        monkeypatch.setattr(adapted_module, name, counted)
+    return calls
+
+
+def general_path(layer, x):
+    """y by torch's products beside the base layer's."""
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return layer.base_layer(x) + F.linear(F.linear(x, a), b) * layer.settings["default"].scaling
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_one_adapter_over_a_4bit_layer_is_one_operation(operations, grad, rows):
+    layer = adapted("4bit")
+    x = torch.randn(rows, 37)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(layer(x), general_path(layer, x), rtol=1e-5, atol=1e-5)
+    assert operations
+
+
+def test_the_eager_operation_is_the_operator():
+    layer = LoraLinear(Linear4bit.from_linear(nn.Linear(64, 10)))
+    layer.add_adapter("default", LoraSettings(r=4, alpha=8))
+    layer.set_adapter("default")
+    randomize_adapters(layer)
+    x = torch.randn(2, 2, 64)
+    before = _eager.OPS.calls
+    with torch.no_grad():
+        y = layer(x)
+        assert _eager.OPS.calls == before + bool(_eager.OPS.has_exchange_api)
+        adapter = (layer.lora_A["default"].weight, layer.lora_B["default"].weight, 2.0)
+        q, bias = layer.base_layer.quantized_weight(), layer.bias
+        torch.testing.assert_close(qn.linear_4bit_lora(x, q, *adapter, bias=bias), y)
+        # Unusual layouts of a factor, and what something watches, go the long way.
+        wide = torch.stack([adapter[0], adapter[0]], dim=-1)[..., 0]
+        torch.testing.assert_close(qn.linear_4bit_lora(x, q, wide, *adapter[1:], bias=bias), y)
+        with FlopCounterMode(display=False):
+            torch.testing.assert_close(layer(x), y)
+        for bad in (adapter[0][:, :-1], adapter[0][:-1], adapter[0].double()[:, 1:]):
+            with pytest.raises((ValueError, TypeError)):
+                qn.linear_4bit_lora(x, q, bad, *adapter[1:], bias=bias)
+
+
+def test_watched_and_replaced_layers_take_the_general_path(operations):
+    def general(change):
+        layer = adapted("4bit")
+        layer.eval()
+        x = torch.randn(3, 37)
+        expected = general_path(layer, x)
+        change(layer)
+        operations.clear()
+        torch.testing.assert_close(layer(x), expected)
+        assert not operations
+
+    seen = []
+    general(lambda layer: layer.base_layer.register_forward_hook(lambda *_: seen.append(1)))
+    general(lambda layer: layer.base_layer.register_forward_pre_hook(lambda *_: seen.append(1)))
+    assert seen == [1, 1]
+
+    def replace_forward(layer):
+        forward = layer.base_layer.forward
+        layer.base_layer.forward = lambda x: forward(x)
+
+    general(replace_forward)
+    general(lambda layer: layer.lora_dropout.update({"default": nn.Sequential()}))
+    general(lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5, True).eval()}))
+
+    def subclass(layer):
+        layer.base_layer.__class__ = type("Subclass", (Linear4bit,), {})
+
+    general(subclass)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.bfloat16])
+def test_adapters_of_another_dtype(adapter_dtype):
+    layer = LoraLinear(base_layer("4bit"))
+    layer.add_adapter("default", LoraSettings(r=4), adapter_dtype)
+    layer.set_adapter("default")
+    randomize_adapters(layer)
+    x = torch.randn(3, 37)
+    y = layer(x)
+    a, b = (part["default"].weight.float() for part in (layer.lora_A, layer.lora_B))
+    torch.testing.assert_close(y, layer.base_layer(x) + F.linear(F.linear(x, a), b) * 8)
+    y.sum().backward()
+    assert layer.lora_A["default"].weight.grad.dtype == adapter_dtype
 
 
 def test_only_packed_tensors_are_saved_for_backward():

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_native._eager import OPS, is_traced
 from qlora_native.functional import linear_4bit_lora
 from qlora_native.nn.linear import Linear4bit
+
+_run_linear_4bit_lora = OPS.linear_4bit_lora_of_layer
 
 
 class LowRank(NamedTuple):
@@ -39,16 +42,7 @@ def adapted_linear(base_layer: nn.Linear, x: Tensor, adapters: Sequence[LowRank]
     compute_dtype = getattr(base_layer, "compute_dtype", None)
     inner = x if compute_dtype is None else x.to(compute_dtype)
     if len(adapters) == 1 and _is_one_operation(base_layer, inner, adapters[0]):
-        a, b, scaling, dropout = adapters[0]
-        y = linear_4bit_lora(
-            inner,
-            base_layer.quantized_weight(),
-            a,
-            b,
-            scaling,
-            bias=base_layer.bias,
-            dropout_p=_probability(dropout),
-        )
+        y = _one_operation(base_layer, inner, adapters[0])
         return y if compute_dtype is None else y.to(x.dtype)
     y = base_layer(x)
     for a, b, scaling, dropout in adapters:
@@ -57,6 +51,21 @@ def adapted_linear(base_layer: nn.Linear, x: Tensor, adapters: Sequence[LowRank]
         update = F.linear(F.linear(dropped, a.to(inner.dtype)), b.to(inner.dtype))
         y = y + (update * scaling).to(y.dtype)
     return y
+
+
+def _one_operation(base_layer: Linear4bit, x: Tensor, adapter: LowRank) -> Tensor:
+    a, b, scaling, dropout = adapter
+    dropout_p = _probability(dropout)
+    if dropout_p == 0.0 and not is_traced() and base_layer.has_plain_weight():
+        y = _run_linear_4bit_lora(
+            x, a, b, scaling, base_layer._parameters, base_layer.out_features,
+            base_layer.in_features, base_layer.block_size, base_layer.quant_type,
+            base_layer.codebook,
+        )  # fmt: skip
+        if y is not None:
+            return y
+    q, bias = base_layer.quantized_weight(), base_layer.bias
+    return linear_4bit_lora(x, q, a, b, scaling, bias=bias, dropout_p=dropout_p)
 
 
 def _probability(dropout: nn.Module) -> float:
@@ -91,8 +100,4 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def _is_capturing(x: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and not torch.compiler.is_dynamo_compiling()
-        and torch.cuda.is_current_stream_capturing()
-    )
+    return x.is_cuda and not is_traced() and torch.cuda.is_current_stream_capturing()

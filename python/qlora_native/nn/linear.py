@@ -233,14 +233,16 @@ class Linear4bit(nn.Linear):
             return self._product(x)
         return self._product(x.to(self.compute_dtype)).to(x.dtype)
 
-    def _product(self, x: Tensor) -> Tensor:
-        # A subclass, or whoever replaces the method, may have another idea of the weight.
-        if (
+    def has_plain_weight(self) -> bool:
+        """Whether the parameters are the weight, of which a subclass may have another idea."""
+        return (
             type(self) is Linear4bit
             and "quantized_weight" not in self.__dict__
             and Linear4bit.quantized_weight is _quantized_weight
-            and not _is_traced()
-        ):
+        )
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.has_plain_weight() and not _is_traced():
             y = _run_linear_4bit(
                 x,
                 self._parameters,
