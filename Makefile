@@ -79,7 +79,7 @@ bench: build
 	@mkdir -p build/results
 	program=build/python/bench/qn_bench; \
 	if [ -x $$program ]; then \
-	  for command in quantize dequantize "matmul --direction forward,transposed" optimizer paged; do \
+	  for command in quantize dequantize "matmul --direction forward,transposed" lora optimizer paged; do \
 	    $$program $$command --json build/results/$${command%% *}.json $(BENCH_CPP_ARGS) || exit 1; \
 	  done; \
 	fi

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from records import Record, is_cpu
 
 CEILING = "#24292f"
-_VARIANTS = ("dtype", "quant_type", "block_size", "double_quant")
+_VARIANTS = ("rank", "dtype", "quant_type", "block_size", "double_quant")
 _COLUMNS = 3
 
 
@@ -84,6 +84,8 @@ def series_of(records: Sequence[Record]) -> dict[int, str]:
 def _variant(key: str, value: Any) -> str:
     if key == "double_quant":
         return "8-bit scales" if value else "fp32 scales"
+    if key == "rank":
+        return f"rank {value}"
     return f"blocks of {value}" if key == "block_size" else str(value)
 
 

@@ -89,6 +89,13 @@ std::string kernel(const std::string& text) {
   return text;
 }
 
+Option rows_option(Options& options) {
+  return {"--m", "ROWS", "rows of activations; default: 1,4,16,64,512",
+          [&](const std::string& text) {
+            options.rows = list_of(text, [](const std::string& part) { return positive(part); });
+          }};
+}
+
 Option kernel_option(Options& options) {
   return {"--kernel", "NAME",
           "this kernel, where it supports the case; 'all': each that\n"
@@ -143,16 +150,30 @@ std::vector<Option> weight_options(Options& options) {
        [&](const std::string& text) { options.block_sizes = list_of(text, block_size); }},
       {"--double-quant", "yes|no", "scales in 8 bits (default), or in fp32; 'yes,no': both",
        [&](const std::string& text) { options.double_quants = list_of(text, yes); }},
-      kernel_option(options),
+  };
+}
+
+std::vector<Option> kernel_options(Options& options) { return {kernel_option(options)}; }
+
+std::vector<Option> lora_options(Options& options) {
+  return {
+      rows_option(options),
+      {"--rank", "RANKS", "of the adapter; default: 16",
+       [&](const std::string& text) {
+         options.ranks = list_of(text, [](const std::string& part) { return positive(part); });
+       }},
+      {"--pass", "NAMES", "forward, backward; default: both",
+       [&](const std::string& text) {
+         constexpr const char* kNames[] = {"forward", "backward"};
+         options.passes =
+             list_of(text, [&](const std::string& part) { return one_of(part, kNames); });
+       }},
   };
 }
 
 std::vector<Option> product_options(Options& options) {
   return {
-      {"--m", "ROWS", "rows of activations; default: 1,4,16,64,512",
-       [&](const std::string& text) {
-         options.rows = list_of(text, [](const std::string& part) { return positive(part); });
-       }},
+      rows_option(options),
       {"--direction", "NAMES",
        "forward: Y[M, N] = X[M, K] W^T (default);\n"
        "transposed: dX[M, K] = dY[M, N] W",

@@ -33,6 +33,9 @@ struct Options {
   // Products.
   std::vector<int64_t> rows = {1, 4, 16, 64, 512};
   std::vector<bool> transposed = {false};
+  // Adapters.
+  std::vector<int64_t> ranks = {16};
+  std::vector<std::string> passes = {"forward", "backward"};
   // Optimizers.
   std::vector<std::string> optimizer_cases = {"lora", "full"};
   std::vector<std::string> optimizers = {"adamw", "adamw8bit", "lion", "lion8bit"};
@@ -48,7 +51,9 @@ inline constexpr char kListKernels[] = "list";
 /// The options of each kind; they write to `options`, which outlives them.
 std::vector<Option> machine_options(Options& options);
 std::vector<Option> weight_options(Options& options);
+std::vector<Option> kernel_options(Options& options);
 std::vector<Option> product_options(Options& options);
+std::vector<Option> lora_options(Options& options);
 std::vector<Option> optimizer_options(Options& options);
 std::vector<Option> paged_options(Options& options);
 

@@ -56,6 +56,18 @@ struct Work {
 Buffer random_array(Machine& machine, int64_t count, float scale, uint64_t seed,
                     qlora_native::DType dtype);
 
+/// The arrays of an adapter's passes, of the weight's dtype.
+struct Adapter {
+  Buffer a;   ///< [r, K]
+  Buffer b;   ///< [N, r]
+  Buffer t;   ///< [M, r]
+  Buffer dy;  ///< [M, N]; the output of the backward pass is dX, its activations are X
+  Buffer da, db;
+};
+
+/// What a pass of an adapter is multiplied by.
+inline constexpr float kLoraScaling = 2.0f;
+
 /// The operations on one weight. A new work of a problem ends the one before.
 class Problem {
  public:
@@ -65,6 +77,9 @@ class Problem {
   Work dequantize();
   Work matmul(int64_t m);
   Work matmul_transposed(int64_t m);
+  /// With an adapter of that rank. In problem_lora.cpp, as what follows.
+  Work lora_forward(int64_t m, int64_t rank);
+  Work lora_backward(int64_t m, int64_t rank);
 
   Shape shape() const { return shape_; }
   qlora_native::DType dtype() const { return dtype_; }
@@ -75,8 +90,13 @@ class Problem {
   const QuantizedWeight& quantized() const { return quantized_.front(); }
   const Buffer& activations() const { return activations_; }
   const Buffer& output() const { return outputs_.front(); }
+  const Adapter& adapter() const { return adapter_; }
 
  private:
+  void make_adapter(int64_t m, int64_t rank);
+  qlora_native::MatrixView matrix(const Buffer& buffer, int64_t rows, int64_t cols) const;
+  qlora_native::MutableMatrixView mutable_matrix(const Buffer& buffer, int64_t rows,
+                                                 int64_t cols) const;
   int64_t elem_bytes() const { return qlora_native::size_bytes(dtype_); }
   int64_t copies(int64_t bytes_each) const;
   /// Makes at least `count` copies of the quantized weight.
@@ -97,6 +117,7 @@ class Problem {
   std::vector<Buffer> outputs_;
   std::vector<Buffer> workspaces_;
   Buffer activations_;
+  Adapter adapter_;
 };
 
 }  // namespace bench

@@ -50,14 +50,14 @@ const std::vector<Command>& commands() {
        "  qn_bench quantize --model llama3-8b\n"
        "  qn_bench quantize --quant-type nf4,fp4 --double-quant yes,no\n",
        {qn::Op::kQuantize4bit},
-       {weight_options},
+       {weight_options, kernel_options},
        quantize_plan},
       {"dequantize",
        "4-bit weights back to 16 or 32 bits",
        "codes and scales read, the weight written, over the median",
        "  qn_bench dequantize --model qwen2.5-7b --dtype bf16,fp32\n",
        {qn::Op::kDequantize4bit},
-       {weight_options},
+       {weight_options, kernel_options},
        dequantize_plan},
       {"matmul",
        "products of activations and a 4-bit weight, in both directions",
@@ -66,8 +66,16 @@ const std::vector<Command>& commands() {
        "  qn_bench matmul --shapes 4096x4096 --direction forward,transposed\n"
        "  qn_bench matmul --device cpu --threads 1 --kernel all --m 1,64\n",
        {qn::Op::kMatmul4bit, qn::Op::kMatmul4bitTransposed},
-       {product_options, weight_options},
+       {product_options, weight_options, kernel_options},
        matmul_plan},
+      {"lora",
+       "a 4-bit weight and its adapter, forward and backward",
+       "weight, factors, activations and gradients, each once, over the median",
+       "  qn_bench lora --model llama3-8b --m 16,512 --rank 8,64\n",
+       {qn::Op::kMatmul4bit, qn::Op::kMatmul4bitTransposed, qn::Op::kLoraProject,
+        qn::Op::kLoraUpdate, qn::Op::kLoraGradient},
+       {lora_options, weight_options},
+       lora_plan},
       {"optimizer",
        "steps of AdamW and Lion, with 32-bit and 8-bit state",
        "parameters and moments read and written, gradients read, over the median",
@@ -86,11 +94,6 @@ const std::vector<Command>& commands() {
        }},
   };
   return all;
-}
-
-bool has_products(const Command& command) {
-  return std::find(command.ops.begin(), command.ops.end(), qn::Op::kMatmul4bit) !=
-         command.ops.end();
 }
 
 std::string program_help() {
@@ -122,14 +125,20 @@ std::vector<Option> options_of(const Command& command, Options& options) {
 
 /// What the columns of a command's table mean.
 std::string explanation_of(const Command& command) {
+  const auto has = [&](qn::Op op) {
+    return std::find(command.ops.begin(), command.ops.end(), op) != command.ops.end();
+  };
   std::string lines = "  spread   distance of the quartiles, relative to the median\n";
   lines += std::string("  GB/s     ") + command.rate + "\n";
   if (command.ops.empty()) return lines + "  of link  that, relative to the link's rate\n";
   lines += "  of copy  that, relative to the copy; more than 100% is the work of caches\n";
-  if (has_products(command)) {
-    lines +=
-        "  TFLOP/s  2 M N K over the median; the peak of the tensor cores is not measured\n"
-        "  (dense)  the library says: decode the weight once, and let a dense product do it\n";
+  if (has(qn::Op::kMatmul4bit)) {
+    lines += "  TFLOP/s  2 for each product's term; the peak of the tensor cores is not measured\n";
+  }
+  // Its kernels are those of several operations.
+  if (has(qn::Op::kLoraProject)) return lines;
+  if (has(qn::Op::kMatmul4bit)) {
+    lines += "  (dense)  the library says: decode the weight once, and let a dense product do it\n";
   }
   return lines + "  *        with --kernel all: what the library would choose\n";
 }

@@ -13,5 +13,8 @@ std::string check_quantized(const Problem& problem);
 std::string check_dequantized(const Problem& problem);
 std::string check_matmul(const Problem& problem, int64_t m);
 std::string check_matmul_transposed(const Problem& problem, int64_t m);
+// In verify_lora.cpp.
+std::string check_lora_forward(const Problem& problem, int64_t m, int64_t rank);
+std::string check_lora_backward(const Problem& problem, int64_t m, int64_t rank);
 
 }  // namespace bench

@@ -1,6 +1,7 @@
 #include "weight_cases.h"
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
@@ -14,36 +15,57 @@ namespace {
 
 namespace qn = qlora_native;
 
+/// Of a case; 0 where there is none.
+struct Sizes {
+  int64_t m = 0;
+  int64_t rank = 0;
+};
+
 struct Operation {
   const char* name;
-  qn::Op op;
   const char* formula;
-  Work (*prepare)(Problem& problem, int64_t m);
-  std::string (*check)(const Problem& problem, int64_t m);
+  Work (*prepare)(Problem& problem, Sizes sizes);
+  std::string (*check)(const Problem& problem, Sizes sizes);
+  /// None of what is made of several operations, whose kernels are the library's choice.
+  std::optional<qn::Op> op = std::nullopt;
 };
 
 constexpr Operation kQuantize = {
-    "quantize", qn::Op::kQuantize4bit, "weights to 4 bits",
-    [](Problem& problem, int64_t) { return problem.quantize(); },
-    [](const Problem& problem, int64_t) { return check_quantized(problem); }};
+    "quantize", "weights to 4 bits", [](Problem& problem, Sizes) { return problem.quantize(); },
+    [](const Problem& problem, Sizes) { return check_quantized(problem); }, qn::Op::kQuantize4bit};
 constexpr Operation kDequantize = {
-    "dequantize", qn::Op::kDequantize4bit, "4 bits to weights",
-    [](Problem& problem, int64_t) { return problem.dequantize(); },
-    [](const Problem& problem, int64_t) { return check_dequantized(problem); }};
-constexpr Operation kMatmul = {"matmul", qn::Op::kMatmul4bit, "Y[M, N] = X[M, K] W[N, K]^T",
-                               [](Problem& problem, int64_t m) { return problem.matmul(m); },
-                               check_matmul};
+    "dequantize", "4 bits to weights", [](Problem& problem, Sizes) { return problem.dequantize(); },
+    [](const Problem& problem, Sizes) { return check_dequantized(problem); },
+    qn::Op::kDequantize4bit};
+constexpr Operation kMatmul = {
+    "matmul", "Y[M, N] = X[M, K] W[N, K]^T",
+    [](Problem& problem, Sizes sizes) { return problem.matmul(sizes.m); },
+    [](const Problem& problem, Sizes sizes) { return check_matmul(problem, sizes.m); },
+    qn::Op::kMatmul4bit};
 constexpr Operation kMatmulTransposed = {
-    "matmul_transposed", qn::Op::kMatmul4bitTransposed, "dX[M, K] = dY[M, N] W[N, K]",
-    [](Problem& problem, int64_t m) { return problem.matmul_transposed(m); },
-    check_matmul_transposed};
+    "matmul_transposed", "dX[M, K] = dY[M, N] W[N, K]",
+    [](Problem& problem, Sizes sizes) { return problem.matmul_transposed(sizes.m); },
+    [](const Problem& problem, Sizes sizes) { return check_matmul_transposed(problem, sizes.m); },
+    qn::Op::kMatmul4bitTransposed};
+constexpr Operation kLoraForward = {
+    "lora_forward", "Y = X W^T + s (X A^T) B^T",
+    [](Problem& problem, Sizes sizes) { return problem.lora_forward(sizes.m, sizes.rank); },
+    [](const Problem& problem, Sizes sizes) {
+      return check_lora_forward(problem, sizes.m, sizes.rank);
+    }};
+constexpr Operation kLoraBackward = {
+    "lora_backward", "dX, dA and dB of Y = X W^T + s (X A^T) B^T",
+    [](Problem& problem, Sizes sizes) { return problem.lora_backward(sizes.m, sizes.rank); },
+    [](const Problem& problem, Sizes sizes) {
+      return check_lora_backward(problem, sizes.m, sizes.rank);
+    }};
 
 struct WeightCase {
   const Operation* operation;
   Shape shape;
   qn::DType dtype;
   WeightFormat format;
-  int64_t m;           ///< 0 where there are no activations
+  Sizes sizes;
   std::string kernel;  ///< "": the library's choice
 };
 
@@ -79,22 +101,25 @@ Timed prepare(Bench& bench, const WeightCase& wanted) {
   const Operation& operation = *wanted.operation;
   const qn::DeviceType device = bench.machine().device().type;
   Problem& problem = bench.problem_of(wanted);
-  qn::force_kernel(operation.op, device, wanted.kernel);
-  const auto work = std::make_shared<const Work>(operation.prepare(problem, wanted.m));
+  if (operation.op) qn::force_kernel(*operation.op, device, wanted.kernel);
+  const auto work = std::make_shared<const Work>(operation.prepare(problem, wanted.sizes));
   const std::function<double()> replay = bench.machine().replay(work->calls);
   replay();
-  const std::string wrong = operation.check(problem, wanted.m);
+  const std::string wrong = operation.check(problem, wanted.sizes);
   if (!wrong.empty()) throw std::runtime_error("wrong result: " + wrong);
   Timed timed{.replay = [work, replay] { return replay(); },
               .calls = std::ssize(work->calls),
               .bytes = static_cast<double>(work->bytes_per_call),
               .ceiling = bench.copy_rate()};
-  timed.facts.set("kernel", work->kernel);
+  if (operation.op) timed.facts.set("kernel", work->kernel);
   if (!wanted.kernel.empty()) timed.facts.set("is_choice", work->kernel == work->automatic_kernel);
   if (work->flops_per_call > 0) {
     timed.weight_bytes = static_cast<double>(work->weight_bytes_per_call);
     timed.flops = static_cast<double>(work->flops_per_call);
-    timed.facts.set("prefers_dense", work->prefers_dense && work->kernel == work->automatic_kernel);
+    if (operation.op) {
+      timed.facts.set("prefers_dense",
+                      work->prefers_dense && work->kernel == work->automatic_kernel);
+    }
   }
   return timed;
 }
@@ -107,7 +132,8 @@ Case case_of(const std::shared_ptr<Bench>& bench, const WeightCase& wanted) {
   Case made;
   made.name = std::string(wanted.operation->name) + "/" + to_string(wanted.shape) + "/" +
               short_name(wanted.dtype) + "/" + quantization;
-  if (wanted.m > 0) made.name += "/M=" + std::to_string(wanted.m);
+  if (wanted.sizes.m > 0) made.name += "/M=" + std::to_string(wanted.sizes.m);
+  if (wanted.sizes.rank > 0) made.name += "/r=" + std::to_string(wanted.sizes.rank);
   if (!wanted.kernel.empty()) made.name += "/" + wanted.kernel;
   made.heading = std::string(wanted.operation->formula) + ": " + short_name(wanted.dtype) + ", " +
                  qn::name(format.quant_type) + " in blocks of " +
@@ -119,7 +145,8 @@ Case case_of(const std::shared_ptr<Bench>& bench, const WeightCase& wanted) {
                 {"quant_type", qn::name(format.quant_type)},
                 {"block_size", format.block_size},
                 {"double_quant", format.double_quant}};
-  if (wanted.m > 0) made.facts.set("m", wanted.m);
+  if (wanted.sizes.m > 0) made.facts.set("m", wanted.sizes.m);
+  if (wanted.sizes.rank > 0) made.facts.set("rank", wanted.sizes.rank);
   if (!wanted.kernel.empty()) made.facts.set("kernel", wanted.kernel);
   made.prepare = [bench, wanted] { return prepare(*bench, wanted); };
   return made;
@@ -155,19 +182,21 @@ Column shape_column() {
 
 /// Cases in the order in which a table is read: formats, then shapes, then rows, then kernels.
 Plan plan_of(const Options& options, Machine& machine, double copy_rate,
-             const std::vector<const Operation*>& operations, const std::vector<int64_t>& rows) {
+             const std::vector<const Operation*>& operations, const std::vector<Sizes>& all_sizes) {
   Plan plan;
   const auto bench = std::make_shared<Bench>(machine, copy_rate);
   std::vector<qn::Op> ops;
   for (const Operation* operation : operations) {
-    ops.push_back(operation->op);
-    const std::vector<std::string> kernels =
-        kernels_to_measure(operation->op, machine.device().type, options.kernel);
+    std::vector<std::string> kernels = {""};
+    if (operation->op) {
+      ops.push_back(*operation->op);
+      kernels = kernels_to_measure(*operation->op, machine.device().type, options.kernel);
+    }
     for (const auto& [dtype, format] : settings_of(options)) {
       for (const Shape shape : shapes_of(options)) {
-        for (const int64_t m : rows) {
+        for (const Sizes sizes : all_sizes) {
           for (const std::string& kernel : kernels) {
-            plan.cases.push_back(case_of(bench, {operation, shape, dtype, format, m, kernel}));
+            plan.cases.push_back(case_of(bench, {operation, shape, dtype, format, sizes, kernel}));
           }
         }
       }
@@ -190,13 +219,13 @@ std::vector<Column> conversion_columns() {
 }  // namespace
 
 Plan quantize_plan(const Options& options, Machine& machine, double copy_rate) {
-  Plan plan = plan_of(options, machine, copy_rate, {&kQuantize}, {0});
+  Plan plan = plan_of(options, machine, copy_rate, {&kQuantize}, {Sizes{}});
   plan.columns = conversion_columns();
   return plan;
 }
 
 Plan dequantize_plan(const Options& options, Machine& machine, double copy_rate) {
-  Plan plan = plan_of(options, machine, copy_rate, {&kDequantize}, {0});
+  Plan plan = plan_of(options, machine, copy_rate, {&kDequantize}, {Sizes{}});
   plan.columns = conversion_columns();
   return plan;
 }
@@ -206,11 +235,31 @@ Plan matmul_plan(const Options& options, Machine& machine, double copy_rate) {
   for (const bool transposed : options.transposed) {
     operations.push_back(transposed ? &kMatmulTransposed : &kMatmul);
   }
-  Plan plan = plan_of(options, machine, copy_rate, operations, options.rows);
+  std::vector<Sizes> sizes;
+  for (const int64_t m : options.rows) sizes.push_back({.m = m});
+  Plan plan = plan_of(options, machine, copy_rate, operations, sizes);
   plan.columns = columns_of({{shape_column(), number_column("M", 6, "m", "%.0f")},
                              time_columns(),
                              rate_columns("copy"),
                              {measured_column("TFLOP/s", 9, "tflop_per_s", 4), kernel_column()}});
+  return plan;
+}
+
+Plan lora_plan(const Options& options, Machine& machine, double copy_rate) {
+  std::vector<const Operation*> operations;
+  for (const std::string& pass : options.passes) {
+    operations.push_back(pass == "forward" ? &kLoraForward : &kLoraBackward);
+  }
+  std::vector<Sizes> sizes;
+  for (const int64_t m : options.rows) {
+    for (const int64_t rank : options.ranks) sizes.push_back({.m = m, .rank = rank});
+  }
+  Plan plan = plan_of(options, machine, copy_rate, operations, sizes);
+  plan.columns = columns_of({{shape_column(), number_column("M", 6, "m", "%.0f"),
+                              number_column("rank", 6, "rank", "%.0f")},
+                             time_columns(),
+                             rate_columns("copy"),
+                             {measured_column("TFLOP/s", 9, "tflop_per_s", 4)}});
   return plan;
 }
 

@@ -12,5 +12,6 @@ namespace bench {
 Plan quantize_plan(const Options& options, Machine& machine, double copy_rate);
 Plan dequantize_plan(const Options& options, Machine& machine, double copy_rate);
 Plan matmul_plan(const Options& options, Machine& machine, double copy_rate);
+Plan lora_plan(const Options& options, Machine& machine, double copy_rate);
 
 }  // namespace bench

@@ -18,7 +18,7 @@ namespace qn = qlora_native;
 Options parsed(std::vector<std::string>& arguments) {
   Options options;
   std::vector<Option> known;
-  for (const auto& kind : {machine_options, weight_options, product_options}) {
+  for (const auto& kind : {machine_options, weight_options, kernel_options, product_options}) {
     for (Option& option : kind(options)) known.push_back(option);
   }
   parse_options(arguments, known);
@@ -105,8 +105,8 @@ TEST(BenchOptions, ModelsAndShapesAddUp) {
 
 TEST(BenchOptions, HelpFitsIntoATerminal) {
   Options options;
-  for (const auto& kind :
-       {machine_options, weight_options, product_options, optimizer_options, paged_options}) {
+  for (const auto& kind : {machine_options, weight_options, kernel_options, product_options,
+                           lora_options, optimizer_options, paged_options}) {
     const std::vector<Option> known = kind(options);
     std::string line;
     for (const char c : help_of(known)) {

@@ -64,7 +64,7 @@ TEST(QnBench, HelpNamesEveryCommandAndEveryOption) {
   const Result help = run({"--help"});
   EXPECT_EQ(help.status, 0);
   expect_terminal_width(help.out);
-  for (const char* command : {"quantize", "dequantize", "matmul", "optimizer", "paged"}) {
+  for (const char* command : {"quantize", "dequantize", "matmul", "lora", "optimizer", "paged"}) {
     EXPECT_NE(help.out.find(std::string("  ") + command + " "), std::string::npos);
     const Result of_command = run({command, "--help"});
     EXPECT_EQ(of_command.status, 0);
@@ -170,6 +170,15 @@ TEST(QnBench, AKernelThatDoesNotTakeTheCaseSaysWhy) {
   const Result compared = run_briefly(all);
   EXPECT_EQ(compared.status, 0);
   EXPECT_NE(compared.out.find("Not measured:\n  gemm_amx: "), std::string::npos) << compared.out;
+}
+
+TEST(QnBench, AdaptersGoForwardAndBackward) {
+  const Result result = run_briefly({"lora", "--shapes=64x128", "--m=1,5", "--rank=3,16"});
+  EXPECT_EQ(result.status, 0) << result.out << result.err;
+  expect_terminal_width(result.out);
+  EXPECT_EQ(lines_with(result.out, "64x128 ").size(), 8u) << result.out;
+  EXPECT_EQ(lines_with(result.out, "dX, dA and dB").size(), 1u);
+  EXPECT_EQ(run({"lora", "--kernel=all"}).status, 2);
 }
 
 TEST(QnBench, OptimizersHaveALineEach) {

@@ -77,6 +77,29 @@ TEST_P(BenchSupport, TransposedProductsAreCheckedAndAWrongElementIsFound) {
   EXPECT_NE(check_matmul_transposed(problem_, kRows), "");
 }
 
+TEST_P(BenchSupport, AdaptersAreCheckedAndWrongElementsAreFound) {
+  constexpr int64_t kRank = 5;
+  const Work forward = problem_.lora_forward(kRows, kRank);
+  EXPECT_EQ(forward.flops_per_call,
+            2 * kRows * (kShape.n * kShape.k + kRank * (kShape.n + kShape.k)));
+  run(forward);
+  EXPECT_EQ(check_lora_forward(problem_, kRows, kRank), "");
+  for (const Buffer* spoiled : {&problem_.output(), &problem_.adapter().t}) {
+    run(forward);
+    spoil(*spoiled, GetParam());
+    EXPECT_NE(check_lora_forward(problem_, kRows, kRank), "");
+  }
+  const Work backward = problem_.lora_backward(kRows, kRank);
+  run(backward);
+  EXPECT_EQ(check_lora_backward(problem_, kRows, kRank), "");
+  const Adapter& adapter = problem_.adapter();
+  for (const Buffer* spoiled : {&problem_.output(), &adapter.da, &adapter.db}) {
+    run(backward);
+    spoil(*spoiled, GetParam());
+    EXPECT_NE(check_lora_backward(problem_, kRows, kRank), "");
+  }
+}
+
 TEST_P(BenchSupport, ConversionsThereAndBackKeepRepresentableNumbers) {
   const float values[] = {0.0f, -1.5f, 0.25f, 1.0f, 248.0f};
   const std::vector<uint8_t> raw = encode(values, GetParam());

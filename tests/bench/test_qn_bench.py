@@ -42,6 +42,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 COMMANDS = {
     "quantize": ["--shapes", "64x128", "--double-quant", "yes,no"],
     "matmul": ["--shapes", "64x128,32x64", "--m", "1,4", "--kernel", "all"],
+    "lora": ["--shapes", "64x128", "--m", "1,4", "--rank", "8,16"],
     "optimizer": ["--case", "tiny"],
     "paged": ["--budget", "1"],
 }
@@ -67,7 +68,7 @@ def test_reports_are_described_and_drawn(program, kernel_plot, tmp_path, command
             assert record["tb_per_s"] == pytest.approx(rate, rel=1e-4)
             expected = rate / report["copy_tb_per_s"]
             assert record["fraction_of_copy"] == pytest.approx(expected, rel=1e-4)
-        if command == "matmul":
+        if record["op"] == "matmul":
             n, k = record["shape"]
             flops = 2 * record["m"] * n * k
             expected = flops / record["median_us"] / 1e6
@@ -92,7 +93,7 @@ def test_one_kernel_of_each_case_is_the_librarys_choice(program, tmp_path):
 def test_the_commands_of_the_readme_are_understood(program):
     found = re.findall(r"^qn_bench ([^#\n]*)|`qn_bench (\w+ -[^`]*[^.`])`", README, re.MULTILINE)
     commands = [line.split("  ")[0].strip() for pair in found for line in pair if line]
-    measured = [line for line in commands if not line.startswith(("paged", "matmul, "))]
+    measured = [line for line in commands if not line.startswith(("paged", "lora"))]
     assert len(measured) > 6
     for line in measured:
         # The last --kernel counts: with it, nothing is measured.
