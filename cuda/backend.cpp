@@ -246,7 +246,8 @@ constexpr KernelEntry<LoraProjectArgs> kLoraProjectKernels[] = {
      .supports =
          supports_lora_mma<LoraProjectArgs, supports_lora_project, supports_lora_project_mma>,
      .workspace_bytes = lora_project_mma_workspace_bytes,
-     .run = lora_project_mma},
+     .run = lora_project_mma,
+     .dense_is_faster = true},
     {.name = "simt",
      .usable = is_usable,
      .supports = supports_lora_project,
@@ -263,7 +264,8 @@ constexpr KernelEntry<LoraUpdateArgs> kLoraUpdateKernels[] = {
     {.name = "simt",
      .usable = is_usable,
      .supports = supports_lora_update,
-     .run = lora_update_simt},
+     .run = lora_update_simt,
+     .dense_is_faster = true},
 };
 
 constexpr KernelEntry<LoraGradientArgs> kLoraGradientKernels[] = {
@@ -271,7 +273,8 @@ constexpr KernelEntry<LoraGradientArgs> kLoraGradientKernels[] = {
      .usable = is_usable,
      .supports =
          supports_lora_mma<LoraGradientArgs, supports_lora_gradient, supports_lora_gradient_mma>,
-     .run = lora_gradient_mma},
+     .run = lora_gradient_mma,
+     .dense_is_faster = true},
     {.name = "simt",
      .usable = is_usable,
      .supports = supports_lora_gradient,
