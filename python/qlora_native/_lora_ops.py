@@ -39,15 +39,19 @@ def _check_layers(
         _checks.codebook(quant_type, codebook)
         _checks.check_activation("x", x, parts[4], "in", parts[0].device)
         _checks.check_adapter(layer.a, layer.b, x, parts[4])
+        if not math.isfinite(layer.scaling):
+            raise ValueError(f"scaling is {layer.scaling}, expected a finite number")
+
+
+_NO_DROPOUT = _C.Dropout.make(p=0.0, seed=0, offset=0)
 
 
 def _dropout(p: float, rng: torch.Tensor | None) -> _C.Dropout:
     """Return the dropout of probability `p` with the seed and offset in `rng`, on the host."""
-    seed, offset = (0, 0) if rng is None else rng.tolist()
+    if rng is None:
+        return _NO_DROPOUT
+    seed, offset = rng.tolist()
     return _C.Dropout.make(p=p, seed=seed, offset=offset)
-
-
-_NO_DROPOUT = _C.Dropout.make(p=0.0, seed=0, offset=0)
 
 
 def _rows(x: torch.Tensor, cols: int) -> torch.Tensor:
@@ -67,21 +71,25 @@ def _matrix(x: torch.Tensor) -> _C.MatrixView:
     )
 
 
-def _ran_our_pass(
+def _is_torchs(op: str, x: torch.Tensor, dropout: _C.Dropout) -> bool:
+    """Whether a pass is a product of torch: without dropout it is faster than any kernel of ours.
+
+    The core would say so too (`<pass>_plan`); asking it takes the host as long as the product.
+    """
+    return dropout is _NO_DROPOUT and not _C.forced_kernel(op, x.device.type)
+
+
+def _run_pass(
     plan: Callable[..., int], run: Callable[..., None], device: torch.device, **arguments: Any
-) -> bool:
-    """Run the core's kernel and return True; return False where torch's product is faster."""
+) -> None:
+    """Run the core's kernel."""
     stream = stream_and_threads(device)
     size_bytes = plan(**arguments)
-    if size_bytes == _C.PREFER_DENSE:
-        return False
     workspace = _library.workspace(size_bytes, device)
     run(**arguments, workspace=address(workspace), workspace_bytes=size_bytes, stream=stream)
-    return True
 
 
-# The passes over a big matrix. Which of them torch's products compute, without dropout, the core
-# says (`<pass>_plan`). Products into given memory are none that autocast casts.
+# The passes over a big matrix. Products into given memory are none that autocast casts.
 
 
 def _project(
@@ -93,14 +101,16 @@ def _project(
     t: torch.Tensor,
 ) -> None:
     """t = scaling D(x) factor^T, or scaling D(x) factor when it is transposed."""
-    factor = _rows(factor, factor.shape[1])
-    if not _ran_our_pass(
-        _C.lora_project_plan, _C.lora_project, x.device, x=_matrix(x), factor=_matrix(factor),
-        factor_transposed=factor_transposed, scaling=scaling, dropout=dropout, t=_matrix(t),
-    ):  # fmt: skip
+    if _is_torchs("lora_project", x, dropout):
         factor = factor.to(x.dtype)
         other = factor if factor_transposed else factor.t()
         torch.addmm(t, x, other, beta=0, alpha=scaling, out=t)
+        return
+    factor = _rows(factor, factor.shape[1])
+    _run_pass(
+        _C.lora_project_plan, _C.lora_project, x.device, x=_matrix(x), factor=_matrix(factor),
+        factor_transposed=factor_transposed, scaling=scaling, dropout=dropout, t=_matrix(t),
+    )  # fmt: skip
 
 
 def _update(
@@ -112,14 +122,16 @@ def _update(
     y: torch.Tensor,
 ) -> None:
     """y += D(scaling t factor^T), or D(scaling t factor) when it is transposed."""
-    factor = _rows(factor, factor.shape[1])
-    if not _ran_our_pass(
-        _C.lora_update_plan, _C.lora_update, y.device, t=_matrix(t), factor=_matrix(factor),
-        factor_transposed=factor_transposed, scaling=scaling, dropout=dropout, y=_matrix(y),
-    ):  # fmt: skip
+    if _is_torchs("lora_update", y, dropout):
         factor = factor.to(y.dtype)
         other = factor if factor_transposed else factor.t()
         torch.addmm(y, t, other, alpha=scaling, out=y)
+        return
+    factor = _rows(factor, factor.shape[1])
+    _run_pass(
+        _C.lora_update_plan, _C.lora_update, y.device, t=_matrix(t), factor=_matrix(factor),
+        factor_transposed=factor_transposed, scaling=scaling, dropout=dropout, y=_matrix(y),
+    )  # fmt: skip
 
 
 def _gradient(
@@ -132,16 +144,15 @@ def _gradient(
 ) -> torch.Tensor:
     """Return scaling s^T D(v), or its transpose, of the dtype of `like`."""
     shape = (v.shape[1], s.shape[1]) if transposed else (s.shape[1], v.shape[1])
+    if _is_torchs("lora_gradient", v, dropout):
+        left, right = (v.t(), s) if transposed else (s.t(), v)
+        out = v.new_empty(shape)
+        return torch.addmm(out, left, right, beta=0, alpha=scaling, out=out).to(like.dtype)
     grad = like.new_empty(shape)
-    if not _ran_our_pass(
+    _run_pass(
         _C.lora_gradient_plan, _C.lora_gradient, v.device, s=_matrix(s), v=_matrix(v),
         transposed=transposed, scaling=scaling, dropout=dropout, grad=_matrix(grad),
-    ):  # fmt: skip
-        left, right = (v.t(), s) if transposed else (s.t(), v)
-        out = grad if grad.dtype == v.dtype else v.new_empty(shape)
-        torch.addmm(out, left, right, beta=0, alpha=scaling, out=out)
-        if out is not grad:
-            grad.copy_(out)
+    )  # fmt: skip
     return grad
 
 
