@@ -36,7 +36,7 @@ def launch(launcher, count, *command, **environment):
         [sys.executable, "-m", *launcher, several, str(count), *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
 
@@ -66,7 +66,7 @@ def test_weights_are_gathered_as_bytes(run):
     for report in run[1]:
         assert report["packed"] <= 0.53 * report["elements"]
         # In a step with checkpointing a layer is gathered twice; padding is a few bytes a tensor.
-        assert report["gathered"] < 2 * 1.02 * report["whole"]
+        assert report["whole"] <= report["gathered"] < 2 * 1.02 * report["whole"]
 
 
 def test_losses_are_those_of_one_process(run):
@@ -102,7 +102,7 @@ def test_a_state_of_several_ranks_is_read_by_one(run):
                 for s in (state, other)
             )
             # Blocks of a rank's part are not those of the whole: each rounds by its own scales.
-            tolerance = 0.1 if state[name].dtype == torch.uint8 else 1e-3
+            tolerance = 0.1 if state[name].dtype == torch.uint8 else 2e-2
             assert (values - theirs).norm() <= tolerance * theirs.norm()
     before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
     ids = torch.arange(3, 15)[None]

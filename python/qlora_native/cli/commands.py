@@ -54,6 +54,8 @@ def finetune(options: FinetuneOptions) -> None:
 
     - `qlora-native finetune --config out/run.yaml --resume`
 
+    - `torchrun --nproc-per-node 8 -m qlora_native finetune --config run.yaml --fsdp`
+
     The output folder gets the adapter in PEFT's format, the tokenizer, report.json, loss.png,
     run.yaml (these options) and checkpoints. Ctrl-C stops after the step, with a checkpoint.
     """
