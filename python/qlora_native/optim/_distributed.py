@@ -1,13 +1,14 @@
 """Optimizer states as distributed checkpoints, which any number of ranks can read.
 
 8-bit states are blocks of what a rank holds, so other numbers of ranks would cut them elsewhere.
-They are written decoded, in fp32, and coded again by who reads them: where the blocks are the same,
-to the same codes.
+They are written decoded, in fp32, and coded again by who reads them. Beside that every rank writes
+its codes as they are, for a run that goes on with the same parts: it gets the same bits.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ def save_distributed(optimizer: NativeOptimizer, folder: str | os.PathLike[str])
     for key, param in _parameters(optimizer):
         for name, value in _decoded_state(param, optimizer.state.get(param, {})).items():
             content[f"{key}.{name}"] = value
+        for name, value in _codes(optimizer.state.get(param, {})).items():
+            content[f"{key}.{name}{_own_suffix()}"] = value
     dcp.save(content, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
 
 
@@ -53,14 +56,55 @@ def load_distributed(optimizer: NativeOptimizer, folder: str | os.PathLike[str])
             places.append((place, key, param))
             for name, value in _template(optimizer, param).items():
                 content[f"{key}.{name}"] = value
+            if optimizer._bits_of(place, param) == 8:
+                content |= _own_codes(optimizer, key, param, stored)
     dcp.load(content, checkpoint_id=folder, **group)
     entries = []
     for place, key, param in places:
         found = {name: content[f"{key}.{name}"] for name in _template(optimizer, param)}
-        entries.append(_entries(param, found, optimizer._bits_of(place, param)))
+        own = _entries(param, found, optimizer._bits_of(place, param))
+        for name, entry in own.items():
+            if (codes := content.get(f"{key}.{name}{_own_suffix()}")) is not None:
+                is_moment = name in optimizer.moments
+                entry.content = _like(param, codes) if is_moment else codes
+        entries.append(own)
     params = [param for _, _, param in places]
     for param, state in zip(params, optimizer._states_of(params, entries), strict=True):
         optimizer.state[param] = state
+
+
+def _own_suffix() -> str:
+    """Marks what a rank keeps for itself: another one, or of another number, has other parts."""
+    if not torch.distributed.is_initialized():
+        return "@0of1"
+    return f"@{torch.distributed.get_rank()}of{torch.distributed.get_world_size()}"
+
+
+def _codes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's codes and scales, by their names in the state."""
+    found = {}
+    for name, value in state.items():
+        local = _state.local_part(value)
+        if name in _MAPS and local.dtype == torch.uint8:
+            scales = name + _state.ABSMAX_SUFFIX
+            found |= {name: local.clone(), scales: state[scales].clone()}
+    return found
+
+
+def _own_codes(
+    optimizer: NativeOptimizer, key: str, param: Tensor, stored: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Places for what `_codes` gave, if it is stored and of this rank's part."""
+    local = _state.local_part(param)
+    places = {}
+    for name in optimizer.moments:
+        codes = torch.empty_like(local, dtype=torch.uint8).detach()
+        absmax = torch.empty(_state.num_blocks(local.numel()), device=local.device)
+        places |= {name: codes, name + _state.ABSMAX_SUFFIX: absmax}
+    named = {f"{key}.{name}{_own_suffix()}": value for name, value in places.items()}
+    if any(n not in stored or stored[n].size != v.shape for n, v in named.items()):
+        return {}
+    return named
 
 
 def _places(optimizer: NativeOptimizer) -> list[tuple[int, int]]:
