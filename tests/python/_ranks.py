@@ -58,13 +58,16 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Te
 
 def count_gathered() -> list[int]:
     """The bytes of every gathering from now on."""
-    found, gather = [], dist.all_gather_into_tensor
+    # Since torch 2.13 FSDP2 calls another function.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    found, gather = [], getattr(dist, name)
 
-    def counting(output_tensor, *args, **kwargs):
-        found.append(output_tensor.nbytes)
-        return gather(output_tensor, *args, **kwargs)
+    def counting(*args, **kwargs):
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        found.append(max(tensor.nbytes for tensor in tensors))
+        return gather(*args, **kwargs)
 
-    dist.all_gather_into_tensor = counting
+    setattr(dist, name, counting)
     return found
 
 
