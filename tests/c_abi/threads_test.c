@@ -11,7 +11,8 @@
 #include "optimizer_model.h"
 #include "problem.h"
 
-enum { THREADS = 6, ROUNDS = 40 };
+/* The weight is large enough to be cut into parts for several threads. */
+enum { THREADS = 6, ROUNDS = 20, ROWS = 256, COLS = 1024 };
 
 typedef struct task {
   int number;
@@ -23,7 +24,7 @@ typedef struct task {
 static void* work(void* argument) {
   const task* const me = argument;
   CHECK(strcmp(qn_last_error_message(), "") == 0);
-  problem p = make_problem(64, 256, 64, QN_NF4, true);
+  problem p = make_problem(ROWS, COLS, 64, QN_NF4, true);
   const float one = 1.0f;
   for (int round = 0; round < ROUNDS; ++round) {
     /* A block size that nobody else asks for. */
@@ -36,14 +37,14 @@ static void* work(void* argument) {
     CHECK_BYTES(p.decoded, me->expected->decoded, (size_t)p.numel * 4);
     CHECK(strstr(qn_last_error_message(), words) != NULL);
 
-    float y[64];
+    float y[ROWS];
     const qn_matmul_args args = {.struct_size = sizeof(args),
                                  .x = p.input,
                                  .m = 1,
-                                 .x_row_stride = 256,
+                                 .x_row_stride = COLS,
                                  .weight = &p.weight,
                                  .y = y,
-                                 .y_row_stride = 64};
+                                 .y_row_stride = ROWS};
     qn_matmul_plan plan = {.struct_size = sizeof(plan)};
     CHECK_OK(qn_matmul_4bit_plan(&args, &plan));
     qn_quantize_args bad = quantize_args(&p);
@@ -126,7 +127,7 @@ static void* change_settings(void* argument) {
 }
 
 void test_threads(void) {
-  problem expected = make_problem(64, 256, 64, QN_NF4, true);
+  problem expected = make_problem(ROWS, COLS, 64, QN_NF4, true);
   quantize(&expected);
   dequantize(&expected);
   int32_t threads_before = 0;
