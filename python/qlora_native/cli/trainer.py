@@ -160,6 +160,10 @@ class AdapterTrainer(transformers.Trainer):
         optim.load_distributed(self.optimizer.optimizer, Path(checkpoint) / _SHARDS)
         state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         self.lr_scheduler.load_state_dict(state)
+        # The shards have no hyperparameters, and the scheduler sets them with its next step only.
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
