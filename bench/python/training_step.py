@@ -43,7 +43,11 @@ _PROFILED_STEPS = 2
 _LAYERS_COMPILED_WHOLE = 8
 
 _RELATIVE_TOLERANCE = 2e-3
-"""Of a loss: bf16 rounds by 4e-3, and a mean over a batch has less of it."""
+"""Of the first loss: bf16 rounds by 4e-3, and a mean over a batch has less of it."""
+
+_TOLERANCE_AFTER_STEPS = 1e-2
+"""Of later ones: AdamW's first steps have the size of the learning rate whatever the gradient, so
+the noise of a small one is a whole step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ class LossMismatchError(RuntimeError):
 def check_losses(found: Sequence[float], expected: Sequence[float]) -> None:
     """Raise LossMismatchError unless losses agree but for the noise of bf16."""
     for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
-        allowed = _RELATIVE_TOLERANCE * abs(theirs)
+        allowed = (_TOLERANCE_AFTER_STEPS if step else _RELATIVE_TOLERANCE) * abs(theirs)
         if not abs(mine - theirs) <= allowed:
             raise LossMismatchError(
                 f"the loss of step {step} is {mine:.4f} and {theirs:.4f} for {REFERENCE}, "
