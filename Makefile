@@ -37,7 +37,7 @@ build: bootstrap
 
 test: build
 	$(BIN)/ctest --test-dir build/python --output-on-failure -j 2
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 # transformers as we declare it, oldest and newest: each beside the packages of .venv, which it shadows.
 TRANSFORMERS_VERSIONS ?= 5.10.1 5.17.0 5.23.0

@@ -1,6 +1,11 @@
-"""Options of the whole test suite."""
+"""Options of the whole test suite, and which tests share a process when there are several."""
+
+from pathlib import Path
 
 import pytest
+
+# Their tests share what they build.
+_ONE_PROCESS = ("docs", "install", "packaging")
 
 
 def pytest_addoption(parser):
@@ -8,6 +13,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        group = path.parts[0] if path.parts[0] in _ONE_PROCESS else str(path)
+        item.add_marker(pytest.mark.xdist_group(group))
     if config.getoption("--slow"):
         return
     for item in items:
