@@ -32,9 +32,8 @@ void expect_decodes(const QuantizedMatrix& matrix, const std::vector<double>& ex
 }
 
 std::vector<uint8_t> raw(const std::vector<float>& values) {
-  std::vector<uint8_t> bytes(values.size() * sizeof(float));
-  std::memcpy(bytes.data(), values.data(), bytes.size());
-  return bytes;
+  const auto* const first = reinterpret_cast<const uint8_t*>(values.data());
+  return {first, first + values.size() * sizeof(float)};
 }
 
 FileTensor u8(const std::string& name, const std::vector<uint8_t>& values) {
