@@ -93,7 +93,9 @@ struct Moment<StateFormat::kDynamic8bit, Table> {
       const float reciprocal = 1.0f / scale;
 #pragma unroll
       for (int i = 0; i < kLaneElems; ++i) {
-        uint32_t code = find_scaled_code(tables->codes, values[i] * reciprocal);
+        // What does not exist was not asked for its magnitude.
+        const float scaled = span.exists(i) ? values[i] * reciprocal : 0.0f;
+        uint32_t code = find_scaled_code(tables->codes, scaled);
         // A second moment does not become 0 by rounding.
         if (Table::kSigns == 1 && values[i] > 0) code = max(code, 1u);
         codes[i] = static_cast<uint8_t>(code);

@@ -1,4 +1,5 @@
 #include <map>
+#include <system_error>
 
 #include "in_quotes.h"
 #include "qlora_native/json.h"
@@ -12,11 +13,13 @@ namespace {
 constexpr const char* kSingle = "model.safetensors";
 constexpr const char* kIndex = "model.safetensors.index.json";
 
+/// What the system cannot say is left to the opening of the file, which reports it.
 std::filesystem::path file_of(const std::filesystem::path& path) {
-  if (!std::filesystem::is_directory(path)) return path;
+  std::error_code ignored;
+  if (!std::filesystem::is_directory(path, ignored)) return path;
   // As transformers has it: one file goes before an index.
   for (const char* name : {kSingle, kIndex}) {
-    if (std::filesystem::exists(path / name)) return path / name;
+    if (std::filesystem::exists(path / name, ignored)) return path / name;
   }
   fail(path.string(), ": holds neither ", kSingle, " nor ", kIndex);
 }

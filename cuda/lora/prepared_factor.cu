@@ -65,6 +65,9 @@ int64_t FactorUse::workspace_bytes() const {
 
 MatrixView prepare_factor(const FactorUse& use, Workspace workspace, cudaStream_t stream) {
   if (use.is_ready()) return use.factor;
+  const MatrixView prepared{workspace.data,  use.padded_rows, use.padded_cols,
+                            use.padded_cols, use.dtype,       use.factor.device};
+  if (use.padded_rows == 0 || use.padded_cols == 0) return prepared;
   const int64_t row_tiles = ceil_div(use.padded_rows, kTile);
   visit_16bit_dtype(use.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -85,8 +88,7 @@ MatrixView prepare_factor(const FactorUse& use, Workspace workspace, cudaStream_
       copy(TypeTag<float>{});
     }
   });
-  return {workspace.data,  use.padded_rows, use.padded_cols,
-          use.padded_cols, use.dtype,       use.factor.device};
+  return prepared;
 }
 
 }  // namespace qlora_native::cuda

@@ -112,14 +112,18 @@ TEST_P(Lora, NothingToDo) {
   uint32_t seed = 500;
   for (const auto& [m, r, c] : {std::array<int64_t, 3>{0, 8, 64}, std::array<int64_t, 3>{4, 0, 64},
                                 std::array<int64_t, 3>{4, 8, 0}}) {
-    for (const bool transposed : {false, true}) {
-      LoraProblem p{GetParam(), m, r, c};
-      p.transposed = transposed;
-      p.dropout = {0.5f, 1, 1};
-      const LoraInputs inputs = make_inputs(p, ++seed);
-      for (const Device device : test_devices()) {
-        // An empty sum is zero, and what is added to stays as it was.
-        EXPECT_EQ(run_on(device, p, inputs), reference(p, inputs).exact);
+    for (const DType dtype : kAllDTypes) {
+      for (const bool transposed : {false, true}) {
+        LoraProblem p{GetParam(), m, r, c};
+        p.dtype = dtype;
+        p.parameter_dtype = DType::kFloat32;
+        p.transposed = transposed;
+        p.dropout = {0.5f, 1, 1};
+        const LoraInputs inputs = make_inputs(p, ++seed);
+        for (const Device device : test_devices()) {
+          // An empty sum is zero, and what is added to stays as it was.
+          EXPECT_EQ(run_on(device, p, inputs), reference(p, inputs).exact);
+        }
       }
     }
   }

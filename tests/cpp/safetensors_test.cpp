@@ -239,6 +239,8 @@ TEST_F(Checkpoint, FolderWithoutOne) {
   expect_rejected([&] { SafetensorsCheckpoint{empty.path()}; },
                   {empty.path(), "model.safetensors", "index.json"});
   expect_rejected([&] { SafetensorsCheckpoint{empty.path() / "none"}; }, {empty.path() / "none"});
+  const std::string too_long(300, 'a');
+  expect_rejected([&] { SafetensorsCheckpoint{empty.path() / too_long}; }, {too_long});
 }
 
 }  // namespace

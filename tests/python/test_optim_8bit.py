@@ -134,6 +134,20 @@ def test_tiny_gradients_leave_everything_finite(device, value):
     assert all(t.isfinite().all() for t in optimizer.state[param].values())
 
 
+def test_the_moment_of_a_short_last_block_crosses_zero(device):
+    """Its scale falls by seven decades in a step; what lies behind the end has no part in it."""
+    param = torch.nn.Parameter(torch.ones(4097, device=device))
+    optimizer = qn.optim.Lion8bit([param], betas=(0.9, 0.99), min_8bit_size=0)
+    for last in (1.0, -0.9900001):
+        param.grad = torch.full((4097,), 0.5, device=device)
+        param.grad[-1] = last
+        optimizer.step()
+    state = optimizer.state[param]
+    assert 0 < state["exp_avg_absmax"][-1] < 1e-8
+    assert decoded(state, "exp_avg")[-1] == pytest.approx(-9.3e-10, rel=0.1)
+    assert param.isfinite().all()
+
+
 def test_a_nan_spoils_its_block_alone(device):
     param = torch.nn.Parameter(torch.ones(1000, device=device))
     optimizer = qn.optim.AdamW8bit([param], min_8bit_size=0)
