@@ -269,10 +269,15 @@ def _linear_4bit_dx_fake(dy: torch.Tensor, *parts: Any) -> torch.Tensor:
     return dy.new_empty(*dy.shape[:-1], shape[1])
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    tags: Sequence[torch.Tag] = (),
+) -> None:
     """Define an operator: `kernel` computes it on a CPU and on CUDA devices."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema)
+    LIBRARY.define(schema, tags=tags)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"qlora_native::{name}", fake)

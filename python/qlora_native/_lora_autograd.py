@@ -94,7 +94,9 @@ class LinearLora(torch.autograd.Function):
             for i, (scaling, rest) in enumerate(zip(ctx.scaling, ctx.formats, strict=True))
         ]
         count = len(layers)
-        given = next(grad for grad in grads[:count] if grad is not None)
+        given = next((grad for grad in grads[:count] if grad is not None), None)
+        if given is None:  # nothing behind the outputs had a gradient
+            return (None,) * (3 + count * _PER_LAYER)
         dy = [
             given.new_zeros(*ctx.leading, layer.b.shape[0]) if grad is None else grad
             for grad, layer in zip(grads[:count], layers, strict=True)

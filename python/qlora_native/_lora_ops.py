@@ -50,6 +50,11 @@ def _dropout(p: float, rng: torch.Tensor | None) -> _C.Dropout:
     """Return the dropout of probability `p` with the seed and offset in `rng`, on the host."""
     if rng is None:
         return _NO_DROPOUT
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "linear_4bit_lora cannot drop while a CUDA graph is captured: its seed and offset are "
+            "numbers of the host, so every replay would have the same mask"
+        )
     seed, offset = rng.tolist()
     return _C.Dropout.make(p=p, seed=seed, offset=offset)
 
@@ -307,8 +312,10 @@ def _of_lists(function: Callable[..., Any], before: int) -> Callable[..., Any]:
     return lambda *arguments: function(*arguments[:before], layers_of(*arguments[before:]))
 
 
-_library.register(FORWARD, _of_lists(forward, 4), _of_lists(_empty_results, 4))
-_library.register(BACKWARD, _of_lists(backward, 8), _of_lists(_empty_gradients, 8))
+# Inductor keeps such operators out of its CUDA graphs: these read seed and offset on the host.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_library.register(FORWARD, _of_lists(forward, 4), _of_lists(_empty_results, 4), _TAGS)
+_library.register(BACKWARD, _of_lists(backward, 8), _of_lists(_empty_gradients, 8), _TAGS)
 
 
 @register_flop_formula(torch.ops.qlora_native.linear_4bit_lora)

@@ -392,9 +392,4 @@ def _factor(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _draw(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Return a seed and an offset of dropout: a tensor, for compiled graphs draw them anew."""
-    if x.is_cuda and not _is_traced() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "linear_4bit_lora cannot drop while a CUDA graph is captured: its seed and offset are "
-            "numbers of the host, so every replay would have the same mask"
-        )
     return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device="cpu", generator=generator)

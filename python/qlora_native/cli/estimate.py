@@ -104,7 +104,7 @@ def _check(options: EstimateOptions) -> None:
 
 def _meta_model(options: EstimateOptions) -> Any:
     config = loading.load_config(options.model)
-    quantization = models.quantization_config(options)
+    quantization = models.own_quantization(options)
     try:
         model = meta_model(config, quantization, getattr(torch, options.dtype))
     except ValueError as error:

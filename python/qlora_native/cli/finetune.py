@@ -65,13 +65,14 @@ def _finetune(options: FinetuneOptions, ranks: parallel.Ranks) -> None:
         options, bf16=where.dtype == torch.bfloat16, fp16=where.dtype == torch.float16
     )
     resume_from = _check_output(options)
+    sharded = options.fsdp and ranks.size > 1
+    parallel.check_run(ranks, sharded, options.optim, resume_from)
     data.check_files(options.data, "--data")
     data.check_files(options.eval_data or [], "--eval-data")
     loading.check_context(options.model, options.max_seq_length)
     arguments = _training_arguments(options, where)
     tokenizer = loading.load_tokenizer(options.model)
     transformers.set_seed(options.seed)
-    sharded = options.fsdp and ranks.size > 1
     with ranks.main_first():  # the others find what it has cached
         train, evaluation = _read(options, tokenizer)
     if warning := loading.unused_gpu(options, where):
@@ -108,11 +109,10 @@ def _finetune(options: FinetuneOptions, ranks: parallel.Ranks) -> None:
         delete_incomplete(options.output)
     losses = _train(trainer, options, resume_from, ranks)
     memory, memory_of = report.peak_memory(where.device)
-    history = trainer.state.log_history
     content = {
         "title": f"{Path(options.model).name}: {options.quant_type} base, LoRA r={options.lora_r}",
         **losses,
-        "train_loss": [[e["step"], e["loss"]] for e in history if "loss" in e],
+        "train_loss": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
         "steps": trainer.state.global_step,
         "resumed_from": resume_from.name if resume_from else None,
         "peak_memory_bytes": memory,

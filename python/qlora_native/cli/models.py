@@ -210,8 +210,22 @@ def load_quantized(options: Any, where: Placement, progress: PackObserver | None
 
 def without_weights(options: Any, where: Placement) -> Any:
     """The model that `load_quantized` gives, on the meta device."""
-    config = quantization_config(options, compute_dtype=where.dtype)
-    return meta_model(load_config(options.model), config, where.dtype, counts=False)
+    return meta_model(
+        load_config(options.model),
+        own_quantization(options, where.dtype),
+        where.dtype,
+        counts=False,
+    )
+
+
+def own_quantization(options: Any, compute_dtype: Any = None) -> QLoRANativeConfig:
+    """How the model is stored in 4 bits, all of it; where it is dense, by the options."""
+    stored = stored_quantization(options.model)
+    if stored is None:
+        return quantization_config(options, compute_dtype=compute_dtype)
+    if compute_dtype is not None:
+        stored.compute_dtype = compute_dtype
+    return stored
 
 
 def load_for_inference(options: Any, where: Placement, progress: PackObserver | None) -> Any:

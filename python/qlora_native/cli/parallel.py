@@ -10,12 +10,17 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from qlora_native.cli.errors import InputError, RankLostError, require
 from qlora_native.cli.progress import stderr, stdout
+from qlora_native.hf.optimizers import OPTIMIZERS
+
+OPTIMIZER_SHARDS = "optimizer_shards"
+"""The folder of a checkpoint with the states of an optimizer that is split over ranks."""
 
 
 class Ranks:
@@ -101,6 +106,31 @@ def ranks(device: str, timeout_seconds: int) -> Iterator[Ranks]:
         raise RankLostError(
             f"rank {rank} of {size} lost another one: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def check_run(ranks: Ranks, sharded: bool, optimizer: str, checkpoint: Path | None) -> None:
+    """Refuses what ranks cannot do together, and checkpoints that others of another kind wrote.
+
+    Raises:
+        InputError: an optimizer that does not save split states; another number of ranks, which
+            would make other batches; a checkpoint with whole states, which are not split.
+    """
+    require(
+        not sharded or optimizer in OPTIMIZERS,
+        f"--optim {optimizer}: with --fsdp it is one of {', '.join(OPTIMIZERS)}",
+    )
+    if checkpoint is None:
+        return
+    before = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+    require(
+        before == ranks.size,
+        f"--resume: {checkpoint.name} is of {before} processes, and now there are {ranks.size}: "
+        "their batches would be other ones",
+    )
+    require(
+        not sharded or (checkpoint / OPTIMIZER_SHARDS).is_dir(),
+        f"--resume: {checkpoint.name} was written without --fsdp; go on without it",
+    )
 
 
 def accelerate_asks_for_fsdp() -> bool:

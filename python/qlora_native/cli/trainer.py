@@ -25,11 +25,10 @@ import qlora_native as qn
 from qlora_native import optim
 from qlora_native.cli.data import Collator, Sequences
 from qlora_native.cli.loss import mean_token_loss
-from qlora_native.cli.parallel import Ranks
+from qlora_native.cli.parallel import OPTIMIZER_SHARDS, Ranks
 from qlora_native.hf.optimizers import OPTIMIZERS, optimizer_cls_and_kwargs
 
 SCHEDULER_NAME = "scheduler.pt"
-_SHARDS = "optimizer_shards"
 _STAGING = ".checkpoint-incomplete"
 
 
@@ -149,15 +148,15 @@ class AdapterTrainer(transformers.Trainer):
         if not self._sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        optim.save_distributed(self.optimizer.optimizer, Path(output_dir) / _SHARDS)
+        optim.save_distributed(self.optimizer.optimizer, Path(output_dir) / OPTIMIZER_SHARDS)
         if self._ranks.is_main:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / _SHARDS).is_dir():
+        if checkpoint is None or not (Path(checkpoint) / OPTIMIZER_SHARDS).is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        optim.load_distributed(self.optimizer.optimizer, Path(checkpoint) / _SHARDS)
+        optim.load_distributed(self.optimizer.optimizer, Path(checkpoint) / OPTIMIZER_SHARDS)
         state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         self.lr_scheduler.load_state_dict(state)
         # The shards have no hyperparameters, and the scheduler sets them with its next step only.

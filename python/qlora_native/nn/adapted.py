@@ -83,8 +83,11 @@ def _is_one_operation(base_layer: nn.Linear, x: Tensor, adapter: LowRank) -> boo
             or (type(dropout) is nn.Dropout and not dropout.inplace and is_bare(dropout))
         )
         and x.device.type in ("cpu", "cuda")
-        # A graph that is captured needs torch's dropout, whose state is on the device.
-        and not (_probability(dropout) > 0.0 and _is_capturing(x))
+        # A graph that is captured needs torch's dropout, whose state is on the device; and one that
+        # is compiled may be captured later.
+        and not (_probability(dropout) > 0.0 and _may_be_captured(x))
+        # The operation has one derivative and no rule for batches.
+        and (is_traced() or not torch._C._are_functorch_transforms_active())
     )
 
 
@@ -99,5 +102,5 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and not is_traced() and torch.cuda.is_current_stream_capturing()
+def _may_be_captured(x: Tensor) -> bool:
+    return x.is_cuda and (is_traced() or torch.cuda.is_current_stream_capturing())
