@@ -170,6 +170,27 @@ def test_the_command_says_what_fits(tmp_path):
     assert not json.loads(small.out)["estimates"]["each GPU, DDP"]["fits"]
 
 
+@pytest.mark.parametrize(
+    "own", [{}, {"quantize_embeddings": True}, {"modules_to_not_convert": ["down_proj"]}]
+)
+def test_a_model_in_4_bits_is_counted_as_it_is_stored(tmp_path, own):
+    from transformers import AutoModelForCausalLM
+
+    save(MODELS["llama"](), tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense",
+        quantization_config=qn.QLoRANativeConfig(**own),
+        dtype=BF16,
+        device_map={"": "cpu"},
+    )
+    model.save_pretrained(tmp_path / "stored")
+    expected = footprint.held(model.requires_grad_(False))
+    found = run_cli("estimate", tmp_path / "stored", "--json", "--dtype", "bfloat16")
+    assert found.code in (0, 1), found.err
+    (estimate,) = json.loads(found.out)["estimates"].values()
+    assert (estimate["weights"], estimate["dense"]) == (expected.weights, expected.dense)
+
+
 def test_the_command_prints_a_table(tmp_path):
     save(MODELS["opt"](), tmp_path)
     found = run_cli("estimate", tmp_path, "--seq", "16", "--no-checkpointing")
