@@ -159,8 +159,8 @@ __device__ __forceinline__ void step_lane(const StepTable& table, const StepReco
     load_lane(static_cast<const P*>(record.param), span, raw_params);
   }
   load_lane(static_cast<const G*>(record.grad), span, raw_grads);
-  moment.load(record.state1, record.absmax1, span);
-  if constexpr (kHasSquares) square.load(record.state2, record.absmax2, span);
+  moment.load(record.state1, record.absmax1, span, kSignedDynamicZeroCode);
+  if constexpr (kHasSquares) square.load(record.state2, record.absmax2, span, 0);
 
   // Asked here, so that the elements are not loaded after the scalars but beside them.
   if (scalars.skips) return;

@@ -49,7 +49,7 @@ struct Moment<StateFormat::kFloat32, Table> {
 
   template <bool kIsWhole>
   __device__ __forceinline__ void load(const void* state, const float*,
-                                       const LaneSpan<kIsWhole>& span) {
+                                       const LaneSpan<kIsWhole>& span, uint32_t) {
     load_lane(static_cast<const float*>(state), span, values);
   }
   __device__ __forceinline__ void decode(const MapTables<Table>*) {}
@@ -66,10 +66,15 @@ struct Moment<StateFormat::kDynamic8bit, Table> {
   uint8_t codes[kLaneElems];
   float absmax;
 
+  /// What does not exist is zero, and stays it: it is encoded too, and has no part in the scale.
   template <bool kIsWhole>
   __device__ __forceinline__ void load(const void* state, const float* scales,
-                                       const LaneSpan<kIsWhole>& span) {
+                                       const LaneSpan<kIsWhole>& span, uint32_t zero_code) {
     load_lane(static_cast<const uint8_t*>(state), span, codes);
+#pragma unroll
+    for (int i = 0; i < kLaneElems; ++i) {
+      if (!span.exists(i)) codes[i] = static_cast<uint8_t>(zero_code);
+    }
     absmax = scales[span.begin / kStateBlockSize];
   }
   __device__ __forceinline__ void decode(const MapTables<Table>* tables) {
@@ -93,9 +98,7 @@ struct Moment<StateFormat::kDynamic8bit, Table> {
       const float reciprocal = 1.0f / scale;
 #pragma unroll
       for (int i = 0; i < kLaneElems; ++i) {
-        // What does not exist was not asked for its magnitude.
-        const float scaled = span.exists(i) ? values[i] * reciprocal : 0.0f;
-        uint32_t code = find_scaled_code(tables->codes, scaled);
+        uint32_t code = find_scaled_code(tables->codes, values[i] * reciprocal);
         // A second moment does not become 0 by rounding.
         if (Table::kSigns == 1 && values[i] > 0) code = max(code, 1u);
         codes[i] = static_cast<uint8_t>(code);
