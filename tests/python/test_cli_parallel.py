@@ -1,9 +1,14 @@
-"""What the command refuses when several processes train together."""
+"""What the command refuses when several processes train together, and how a signal ends training."""
+
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 
 from qlora_native.cli.errors import InputError
 from qlora_native.cli.parallel import OPTIMIZER_SHARDS, Ranks, check_run
+from qlora_native.cli.trainer import StopOnSignal
 
 
 class OfSeveral(Ranks):
@@ -43,3 +48,19 @@ def test_optimizers_that_save_no_shards_are_refused():
     check_run(OfSeveral(2), True, "adamw8bit", None)
     with pytest.raises(InputError, match="--optim adamw_torch"):
         check_run(OfSeveral(2), True, "adamw_torch", None)
+
+
+def test_a_signal_while_stderr_is_written_is_announced_after_the_step():
+    announced = []
+
+    def announce():
+        announced.append(True)
+        if len(announced) == 1:
+            raise RuntimeError("reentrant call")
+
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    with StopOnSignal(announce, OfSeveral(1)) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.on_step_end(None, None, control)
+    assert len(announced) == 2
+    assert control.should_save and control.should_training_stop

@@ -244,6 +244,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, announce: Any, ranks: Ranks) -> None:
         self.received: int | None = None
         self._announce = announce
+        self._owes_announcement = False
         self._ranks = ranks
         self._previous: dict[int, Any] = {}
 
@@ -262,10 +263,16 @@ class StopOnSignal(TrainerCallback):
     def _handle(self, number: int, _frame: Any) -> None:
         self.received = number
         self._restore()
-        self._announce()
+        try:
+            self._announce()
+        except RuntimeError:  # it came while stderr was being written, which nobody can enter twice
+            self._owes_announcement = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Asks for a checkpoint and the end of training when a signal has come to any rank."""
+        if self._owes_announcement:
+            self._owes_announcement = False
+            self._announce()
         if self._ranks.any(self.received is not None):
             self.received = self.received or signal.SIGTERM
             control.should_save = True

@@ -82,7 +82,7 @@ def _is_one_operation(base_layer: nn.Linear, x: Tensor, adapter: LowRank) -> boo
             type(dropout) is nn.Identity
             or (type(dropout) is nn.Dropout and not dropout.inplace and is_bare(dropout))
         )
-        and x.device.type in ("cpu", "cuda")
+        and x.device.type in ("cpu", "cuda", "meta")
         # A graph that is captured needs torch's dropout, whose state is on the device; and one that
         # is compiled may be captured later.
         and not (_probability(dropout) > 0.0 and _may_be_captured(x))
