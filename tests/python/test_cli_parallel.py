@@ -1,4 +1,4 @@
-"""What the command refuses when several processes train together, and how a signal ends training."""
+"""What several processes that train together refuse, and how a signal ends training."""
 
 import os
 import signal
