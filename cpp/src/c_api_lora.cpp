@@ -1,9 +1,9 @@
 // The adapters of the C ABI: structs as the arguments of the C++ operations, and the functions.
 #include "qlora_native/c_api_lora.h"
 
-#include "c_api_answers.h"
 #include "c_api_arguments.h"
 #include "c_api_guard.h"
+#include "c_api_operation.h"
 #include "c_api_struct.h"
 
 namespace qlora_native::c_api {
@@ -137,18 +137,6 @@ LoraBackwardArgs to_args(const char* function, const qn_lora_backward_args* give
   return out;
 }
 
-namespace {
-
-template <class Operation, class Given>
-qn_status run(const char* name, Operation operation, const Given* args, void* workspace,
-              int64_t workspace_bytes, void* stream) {
-  return guarded(name, [&](const char* function) {
-    operation(to_args(function, args), to_workspace(function, workspace, workspace_bytes),
-              Stream::from_handle(stream));
-  });
-}
-
-}  // namespace
 }  // namespace qlora_native::c_api
 
 namespace qn = qlora_native;

@@ -1,13 +1,24 @@
-// What the C ABI answers before an operation: workspace, plan, kernel. `to_args(function, args)`
-// makes C's struct the operation's arguments; it is found beside the struct's conversion.
+// What the functions of one operation of the C ABI do: run it, and answer for its workspace, plan and
+// kernel. `to_args(function, args)` makes C's struct the operation's arguments; it is found beside the
+// struct's conversion.
 #pragma once
 
 #include "c_api_arguments.h"
 #include "c_api_guard.h"
 #include "c_api_struct.h"
 #include "qlora_native/kernels.h"
+#include "qlora_native/stream.h"
 
 namespace qlora_native::c_api {
+
+template <class Operation, class Args>
+qn_status run(const char* name, Operation operation, const Args* args, void* workspace,
+              int64_t workspace_bytes, void* stream) {
+  return guarded(name, [&](const char* function) {
+    operation(to_args(function, args), to_workspace(function, workspace, workspace_bytes),
+              Stream::from_handle(stream));
+  });
+}
 
 template <class Query, class Args>
 qn_status write_bytes(const char* name, Query query, const Args* args, int64_t* bytes) {
