@@ -174,6 +174,7 @@ constexpr KernelEntry<MatmulArgs> kMatmulKernels[] = {
      .usable = is_gemm_sm90a_usable,
      .supports = supports_matmul_and<supports_gemm_sm90a>,
      .prefers = prefers_gemm_sm90a,
+     .workspace_bytes = gemm_sm90a_workspace_bytes,
      .run = gemm_sm90a},
     {.name = "gemm_mma",
      .usable = is_gemm_mma_usable,

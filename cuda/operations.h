@@ -41,6 +41,7 @@ bool supports_gemm_sm90a(const MatmulArgs& args, std::string* why_not);
 bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::string* why_not);
 bool prefers_gemm_sm90a(const MatmulArgs& args);
 bool prefers_gemm_transposed_sm90a(const MatmulTransposedArgs& args);
+int64_t gemm_sm90a_workspace_bytes(const MatmulArgs& args);
 void gemm_sm90a(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
 

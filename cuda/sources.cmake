@@ -7,7 +7,8 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/gemm/gemm_mma.cu
   cuda/gemm/gemm_simt.cu
   cuda/gemm/heuristics.cpp
-  cuda/gemm/sm90a/plan.cpp
+  cuda/gemm/sm90a/forward/plan.cpp
+  cuda/gemm/sm90a/transposed/plan.cpp
   cuda/gemv/gemv_mma.cu
   cuda/gemv/gemv_simt.cu
   cuda/gemv/heuristics.cpp
@@ -37,4 +38,5 @@ set_source_files_properties(cuda/gemm/gemm_mma.cu cuda/gemv/gemv_mma.cu
 # What the optimizers compute is the CPU's, which has no contraction to FMA either.
 set_source_files_properties(cuda/optimizer.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
 set(QLORA_NATIVE_CUDA_SM90A_SOURCES
-  cuda/gemm/gemm_sm90a.cu)
+  cuda/gemm/gemm_sm90a.cu
+  cuda/gemm/gemm_transposed_sm90a.cu)

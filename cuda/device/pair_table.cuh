@@ -41,11 +41,19 @@ struct PairTable {
   template <class T>
   __device__ static __forceinline__ void fill(char* table, const float (&values)[16], int thread,
                                               int threads) {
+    fill_with(table, thread, threads,
+              [&](int byte) { return pack_pair<T>(values[byte >> 4], values[byte & 15]); });
+  }
+
+  /// The same with the words that `pair_of(byte)` returns.
+  template <class PairOf>
+  __device__ static __forceinline__ void fill_with(char* table, int thread, int threads,
+                                                   const PairOf& pair_of) {
     // Two neighbouring threads write the 128 bytes of an entry, in an order in which eight lanes
     // always meet different banks.
     for (int i = thread; i < 256 * 2; i += threads) {
       const int byte = i / 2;
-      const uint32_t pair = pack_pair<T>(values[byte >> 4], values[byte & 15]);
+      const uint32_t pair = pair_of(byte);
       char* const half = table + byte * kStride + i % 2 * 64;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

@@ -67,6 +67,11 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint2 value) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y)
+               : "memory");
+}
+
 /// The opposite of load_matrix_x4 for transposed matrices: column r of matrix i, as the lanes hold it, becomes
 /// the 16 bytes at the address that lane 8i + r gives. (PTX ISA, stmatrix; sm_90 and newer.)
 __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address,

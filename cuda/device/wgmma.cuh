@@ -63,6 +63,8 @@ __device__ __forceinline__ void wgmma_order(float (&sums)[kSums]) {
 
 #define QN_SUMS_TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 
+#define QN_SUMS_TEXT_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+
 #define QN_SUMS_TEXT_64                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -129,7 +131,82 @@ __device__ __forceinline__ void wgmma(float (&sums)[kSums], uint64_t a, uint64_t
   }
 }
 
+#define QN_WGMMA_REGISTERS(SHAPE, TYPE, SUMS, A, B, ADDS)                                \
+  "{.reg .pred add; setp.ne.b32 add, " ADDS                                              \
+  ", 0;\n"                                                                               \
+  "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" SUMS "}, {" A "}, " B \
+  ", add, 1, 1, 0;}\n"
+#define QN_REGISTERS_OF_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+
+/// The same with A in registers: of its rows lane / 4 and lane / 4 + 8 (of the 16 that belong to the warp), in turn,
+/// columns lane % 4 * 2 and the next, then both rows of columns 8 further: fragments of mma.sync.m16n8k16. They are
+/// not to be overwritten until wgmma_wait(). `kAdds` is false where the sums begin with this product. kSums is 8, 16,
+/// 32 or 64.
+template <class T, bool kAdds, int kSums>
+__device__ __forceinline__ void wgmma_registers(float (&sums)[kSums], const uint32_t* a,
+                                                uint64_t b) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
+
+  if constexpr (kSums == 8 && kHalf) {
+    asm volatile(
+        QN_WGMMA_REGISTERS("m64n16k16", "f16", QN_SUMS_TEXT_16, "%8, %9, %10, %11", "%12", "%13")
+        : QN_SUMS_8(0)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 8 && !kHalf) {
+    asm volatile(
+        QN_WGMMA_REGISTERS("m64n16k16", "bf16", QN_SUMS_TEXT_16, "%8, %9, %10, %11", "%12", "%13")
+        : QN_SUMS_8(0)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 16 && kHalf) {
+    asm volatile(
+        QN_WGMMA_REGISTERS("m64n32k16", "f16", QN_SUMS_TEXT_32, "%16, %17, %18, %19", "%20", "%21")
+        : QN_SUMS_8(0), QN_SUMS_8(8)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 16 && !kHalf) {
+    asm volatile(
+        QN_WGMMA_REGISTERS("m64n32k16", "bf16", QN_SUMS_TEXT_32, "%16, %17, %18, %19", "%20", "%21")
+        : QN_SUMS_8(0), QN_SUMS_8(8)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 32 && kHalf) {
+    asm volatile(
+        QN_WGMMA_REGISTERS("m64n64k16", "f16", QN_SUMS_TEXT_64, "%32, %33, %34, %35", "%36", "%37")
+        : QN_SUMS_32(0)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 32 && !kHalf) {
+    asm volatile(
+        QN_WGMMA_REGISTERS("m64n64k16", "bf16", QN_SUMS_TEXT_64, "%32, %33, %34, %35", "%36", "%37")
+        : QN_SUMS_32(0)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 64 && kHalf) {
+    asm volatile(QN_WGMMA_REGISTERS("m64n128k16", "f16", QN_SUMS_TEXT_128, "%64, %65, %66, %67",
+                                    "%68", "%69")
+                 : QN_SUMS_32(0), QN_SUMS_32(32)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 64 && !kHalf) {
+    asm volatile(QN_WGMMA_REGISTERS("m64n128k16", "bf16", QN_SUMS_TEXT_128, "%64, %65, %66, %67",
+                                    "%68", "%69")
+                 : QN_SUMS_32(0), QN_SUMS_32(32)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 128 && kHalf) {
+    asm volatile(QN_WGMMA_REGISTERS("m64n256k16", "f16", QN_SUMS_TEXT_256, "%128, %129, %130, %131",
+                                    "%132", "%133")
+                 : QN_SUMS_32(0), QN_SUMS_32(32), QN_SUMS_32(64), QN_SUMS_32(96)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else if constexpr (kSums == 128 && !kHalf) {
+    asm volatile(QN_WGMMA_REGISTERS("m64n256k16", "bf16", QN_SUMS_TEXT_256,
+                                    "%128, %129, %130, %131", "%132", "%133")
+                 : QN_SUMS_32(0), QN_SUMS_32(32), QN_SUMS_32(64), QN_SUMS_32(96)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+  } else {
+    static_assert(kSums == 8, "no instruction of this width here");
+  }
+}
+
+#undef QN_REGISTERS_OF_A
+#undef QN_WGMMA_REGISTERS
 #undef QN_SUMS_TEXT_16
+#undef QN_SUMS_TEXT_32
 #undef QN_SUMS_TEXT_64
 #undef QN_SUMS_TEXT_128
 #undef QN_SUMS_TEXT_256

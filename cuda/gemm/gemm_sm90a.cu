@@ -1,117 +1,130 @@
-// Y[M,N] = X[M,K] * W[N,K]^T + bias and dX[M,K] = dY[M,N] * W[N,K] on Hopper's tensor cores (wgmma), from the
-// same codes: 16-bit activations, fp32 accumulation.
+// Y[M,N] = X[M,K] * W[N,K]^T + bias on Hopper's tensor cores (wgmma): 16-bit activations, fp32 accumulation.
 //
-// Below, `out` [rows, cols] is Y or dX, `depth` is what is summed over: K, or N. A tile of out^T, 128
-// columns of out by kTokens of its rows, is the sum over steps of 64 elements of depth of
-//   (two panels of W, [64, 64] each) * (a box of activations [kTokens, 64])^T.
-// Forward the panels are two groups of 64 rows of W over the same 64 columns; transposed they are the same 64
-// rows over two groups of 64 columns, and the tensor cores read them transposed. Nothing else differs.
+// A tile of Y^T, 128 columns of Y by kTokens of its rows, is the sum over steps of 64 elements of K of
+//   (two panels of W, [64, 64] each) * (a box of activations [kTokens, 64])^T,
+// with W in registers: the fragments of wgmma. A lane has pairs of neighbouring weights of two rows, and
+// a pair is a byte of codes, so that one lookup in a table of all bytes (PairTable) gives it.
 //
 // Thread block, roles by warpgroup:
-//   2 multipliers   one panel each: 64 columns of out by kTokens, sums in registers
-//   kDecoders       a thread decodes 64 codes with one scale: a row of a panel. Values are rounded to 16 bits
-//                   as dequantize rounds them.
-//   a copier        one thread brings boxes of activations, another boxes of codes (tensor copy engine)
-// Rings in shared memory: stages (two panels), boxes (activations), chunks (codes).
+//   multipliers     one panel each. Up to 64 rows there are two teams of them with every other step each, so that
+//                   16 warps hide each other's latencies: values are looked up in 16 bits, the sums of a step
+//                   are multiplied by its scales. For more rows that takes registers that there are not: values are
+//                   looked up in fixed point, scaled, and rounded once.
+//   copiers         two warps decode the scales, a thread brings codes and another one activations (tensor
+//                   copy engine)
+// Rings in shared memory: boxes (activations), chunks (codes and scales of four steps).
 //
-// Cluster of 2 side by side: two tiles of the same rows of out, each block brings half of the activations
-// for both. Cluster in depth (split): the blocks' sums are added through shared memory, in the order of
-// their ranks.
+// Thread blocks have even shares of all tiles' chunks (GemmForwardPlan). Where several share a tile, the
+// first adds what the others leave in the workspace, in their order: the same arguments give the same bits. It
+// waits for blocks with larger numbers, that begin with their part of that tile.
 //
-// Everything is summed in fixed order: the same arguments give the same bits.
-//
-// Bound: tensor cores, 4 * kTokens clocks a step; decoding, 310 clocks of the byte permutations' pipe a step.
+// Bound: tensor cores, 4 * kTokens clocks a step; shared memory, 300 + 3 * kTokens.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <random>
 #include <string>
 #include <type_traits>
 
-#include "device/cluster.cuh"
 #include "device/grid_dependency.cuh"
 #include "device/warpgroup.cuh"
 #include "gemm/heuristics.h"
-#include "gemm/sm90a/copies.cuh"
-#include "gemm/sm90a/decoders.cuh"
-#include "gemm/sm90a/layout.cuh"
-#include "gemm/sm90a/multipliers.cuh"
-#include "gemm/sm90a/plan.h"
+#include "gemm/sm90a/forward/copies.cuh"
+#include "gemm/sm90a/forward/fixed_point.cuh"
+#include "gemm/sm90a/forward/layout.cuh"
+#include "gemm/sm90a/forward/multipliers.cuh"
+#include "gemm/sm90a/forward/plan.h"
+#include "gemm/sm90a/forward/scales.cuh"
+#include "gemm/sm90a/operands.h"
 #include "host/cluster_occupancy.h"
 #include "host/device_info.h"
 #include "host/kernel_args.h"
 #include "host/launch.h"
 #include "host/mma_args.h"
 #include "host/stream.h"
+#include "host/table_values.h"
 #include "host/tensor_map.h"
 #include "operations.h"
 
 namespace qlora_native::cuda {
-namespace sm90a {
+namespace sm90a::forward {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    gemm_sm90a_kernel(const __grid_constant__ GemmParams<typename C::Elem> p) {
+    gemm_sm90a_kernel(const __grid_constant__ Params<typename C::Elem> p) {
   extern __shared__ char dynamic_shared[];
-  const Shared<C> shared{(shared_address(dynamic_shared) + kAlignment - 1) / kAlignment *
-                         kAlignment};
-  const auto& plan = p.plan;
+  const uint32_t window = shared_address(dynamic_shared);
+  const Shared<C> shared{(window + kAlignment - 1) / kAlignment * kAlignment, kTableAt};
+  // What lies before the table would reach into it.
+  if (shared.base > kAlignment) __trap();
   const int thread = static_cast<int>(threadIdx.x);
   // Through a shuffle, so that the compiler sees that it is the same for a whole warp.
-  const int warpgroup = __shfl_sync(0xffffffff, thread / kWarpgroup, 0);
-  const int thread_of_group = thread % kWarpgroup;
-  const int rank = static_cast<int>(blockIdx.x) % plan.cluster;
-  const int cluster = static_cast<int>(blockIdx.x) / plan.cluster;
+  const int warp = __shfl_sync(0xffffffff, thread / kWarpSize, 0);
+  const int block = static_cast<int>(blockIdx.x);
   if (thread == 0) {
     prefetch_map(p.activations);
     prefetch_map(p.codes);
-    init_barriers(shared, plan);
+    for (int slot = 0; slot < C::kBoxes; ++slot) {
+      init_barrier(shared.box_full(slot), 1);
+      init_barrier(shared.box_empty(slot), kOwners);
+    }
+    for (int slot = 0; slot < C::kChunks; ++slot) {
+      init_barrier(shared.chunk_full(slot), 1 + kScaleThreads);
+      init_barrier(shared.chunk_empty(slot), kOwners * C::kTeams);
+    }
+    publish_barriers();
   }
   if (thread < 256) store_shared(shared.map() + thread * 4, kDynamicMapOnDevice.values[thread]);
-  cluster_sync(plan.cluster);
+  char* const table = dynamic_shared + (shared.table - window);
+  if constexpr (C::kScalesWeights) {
+    PairTable::fill_with(table, thread, C::kThreads, [&](int byte) {
+      return fixed_point(p.table.values[byte >> 4]) | fixed_point(p.table.values[byte & 15]) << 16;
+    });
+  } else {
+    PairTable::fill<typename C::Elem>(table, p.table.values, thread, C::kThreads);
+  }
+  __syncthreads();
   wait_for_previous_kernel();
 
-  if (warpgroup < kMultipliers) {
-    if constexpr (C::kDealsRegisters) take_registers<kMultiplierRegisters>();
-    multiply<C>(p, shared, cluster, rank, warpgroup, thread_of_group);
-  } else if (warpgroup < kMultipliers + kDecoders) {
-    if constexpr (C::kDealsRegisters) give_registers<kDecoderRegisters>();
-    decode<C>(p, shared, cluster, rank, warpgroup - kMultipliers, thread_of_group);
-    if (plan.split) cluster_sync_of_any();
+  constexpr int kMultiplierWarps = C::kMultipliers * kWarpgroup / kWarpSize;
+  if (warp < kMultiplierWarps) {
+    take_registers<C::kMultiplierRegisters>();
+    multiply<C>(p, shared, block, warp / 4, thread % kWarpgroup);
   } else {
-    if (thread_of_group == 0) {
-      BoxCopies<C> copies(p, shared, cluster, rank);
-      while (copies.start_next()) continue;
-    } else if (thread_of_group == kWarpSize) {
-      ChunkCopies<C> copies(p, shared, cluster, rank);
-      while (copies.start_next()) continue;
+    give_registers<C::kCopierRegisters>();
+    const int copier = warp - kMultiplierWarps;
+    if (copier < 2) {
+      decode_scales<C>(p, shared, block, thread - C::kMultipliers * kWarpgroup);
+    } else if (thread % kWarpSize == 0) {
+      if (copier == 2) {
+        copy_codes<C>(p, shared, block);
+      } else {
+        copy_boxes<C>(p, shared, block);
+      }
     }
-    __syncwarp();
-    if (plan.split) cluster_sync_of_any();
   }
-  // No thread block ends while another still writes to its memory.
-  if (plan.cluster > 1) cluster_sync_of_any();
 }
 
 template <class C>
-void launch_gemm(const char* name, int device, const GemmParams<typename C::Elem>& params,
-                 cudaStream_t stream) {
+void launch_gemm(int device, const Params<typename C::Elem>& params, cudaStream_t stream) {
   const auto kernel = gemm_sm90a_kernel<C>;
   static OncePerDevice once;
   once(device, [&] { allow_shared_memory(kernel, C::kSharedBytes); });
-  launch(name, kernel,
-         {.grid = int64_t{params.plan.clusters} * params.plan.cluster,
+  launch("matmul_4bit gemm_sm90a", kernel,
+         {.grid = params.plan.grid,
           .block = C::kThreads,
           .dynamic_shared_bytes = C::kSharedBytes,
-          .cluster = params.plan.cluster,
           .overlaps_previous = true},
          stream, params);
 }
 
-/// Calls `visitor` with the tile's rows as a constant.
 template <class Visitor>
 void visit_tile_rows(int tile_rows, const Visitor& visitor) {
   switch (tile_rows) {
     case 16:
       return visitor(std::integral_constant<int, 16>{});
+    case 32:
+      return visitor(std::integral_constant<int, 32>{});
     case 64:
       return visitor(std::integral_constant<int, 64>{});
     case 128:
@@ -121,95 +134,31 @@ void visit_tile_rows(int tile_rows, const Visitor& visitor) {
   }
 }
 
-struct Operands {
-  MatrixView activations;
-  const QuantizedView& weight;
-  VectorView bias;
-  MutableMatrixView out;
-};
-
-/// Of a single row any will do: it may be one that the tensor copy engine does not take.
-int64_t stride_bytes(const MatrixView& activations) {
-  return (activations.rows == 1 ? ceil_div(activations.cols, int64_t{8}) * 8
-                                : activations.row_stride) *
-         2;
+/// What the table is filled with, and the scales are multiplied by.
+template <class C>
+TableValues values_of(const Codebook& codebook, DType dtype) {
+  if (!C::kScalesWeights) return table_values(codebook, dtype);
+  TableValues table{};
+  std::copy_n(codebook.values, 16, table.values);
+  table.scale_inverse = 1.0f / kFixedOne;
+  return table;
 }
 
-/// The kernel numbers tiles, steps, rows and columns by 32 bits.
-bool fits(const MatrixView& activations, int64_t cols, std::string* why_not) {
-  constexpr int64_t kMaxExtent = int64_t{1} << 30;
-  constexpr int64_t kSmallestTile = 16;
-  constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;
-  if (activations.cols == 0) {
-    *why_not = "there is nothing to sum";
-    return false;
-  }
-  if (stride_bytes(activations) >= kMaxStrideBytes) {
-    *why_not = "rows of the activations are " + std::to_string(stride_bytes(activations)) +
-               " bytes apart, the copy engine takes less than 2^40";
-    return false;
-  }
-  if (activations.rows > kMaxExtent || cols > kMaxExtent || activations.cols > kMaxExtent ||
-      (activations.rows / kSmallestTile + 1) * (cols / kTileCols + 1) > kMaxExtent) {
-    *why_not = "a product of " + std::to_string(activations.rows) + " x " +
-               std::to_string(activations.cols) + " x " + std::to_string(cols) +
-               " has more than 2^30 tiles, rows or columns";
-    return false;
-  }
-  return true;
+/// A number that neither another launch has nor memory by chance.
+uint64_t next_launch() {
+  static std::atomic<uint64_t> launches{[] {
+    std::random_device random;
+    return uint64_t{random()} << 32 | random();
+  }()};
+  return launches.fetch_add(1, std::memory_order_relaxed);
 }
 
-template <bool kTransposed>
-void run(const char* name, const Operands& args, Stream stream) {
-  const QuantizedView& weight = args.weight;
-  const DeviceGuard guard(weight.device.index);
-  // The driver's function below needs the device's context to be the thread's, which the guard leaves to the
-  // thread's first launch where the device is the current one already.
-  QN_CUDA_TRY(cudaSetDevice(weight.device.index));
-  const GemmSm90aPlan plan = plan_gemm_sm90a(
-      {args.activations.rows, args.out.cols, args.activations.cols, cluster_counts(weight.device)});
-  const bool shares_activations = plan.cluster > 1 && !plan.split;
-  visit_16bit_dtype(args.out.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    GemmParams<T> params{
-        .activations =
-            make_tensor_map({.data = args.activations.data,
-                             .elem_bytes = 2,
-                             .rows = args.activations.rows,
-                             .cols = args.activations.cols,
-                             .stride_bytes = stride_bytes(args.activations),
-                             .box_rows = plan.tile_rows / (shares_activations ? plan.cluster : 1),
-                             .box_cols = kStep}),
-        .codes = make_tensor_map({.data = weight.packed,
-                                  .elem_bytes = 1,
-                                  .rows = weight.rows,
-                                  .cols = weight.cols / 2,
-                                  .stride_bytes = weight.cols / 2,
-                                  .box_rows = kTransposed ? kPanelRows : 2 * kPanelRows,
-                                  .box_cols = kChunkRowBytes}),
-        .values = {},
-        .scales = block_scales(weight),
-        .bias = static_cast<const T*>(args.bias.data),
-        .out = static_cast<T*>(args.out.data),
-        .out_stride = args.out.row_stride,
-        .rows = static_cast<int>(args.out.rows),
-        .cols = static_cast<int>(args.out.cols),
-        .weight_rows = static_cast<int>(weight.rows),
-        .weight_units = static_cast<int>(weight.cols / kStep),
-        .out_is_aligned = is_aligned(args.out.data, 16) && args.out.row_stride % 8 == 0,
-        .plan = plan};
-    std::copy_n(weight.codebook.values, 16, params.values);
-    visit_tile_rows(plan.tile_rows, [&](auto tile_rows) {
-      visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {
-        launch_gemm<
-            Config<T, decltype(tile_rows)::value, kTransposed, decltype(double_quant)::value>>(
-            name, weight.device.index, params, to_cuda(stream));
-      });
-    });
-  });
+GemmForwardPlan plan_of(const MatmulArgs& args) {
+  return plan_gemm_forward(
+      {args.x.rows, args.y.cols, args.x.cols, cluster_counts(args.weight.device).of[1]});
 }
 
-}  // namespace sm90a
+}  // namespace sm90a::forward
 
 bool is_gemm_sm90a_usable(Device device, std::string* why_not) {
   return is_usable(device, why_not) && is_hopper(device, why_not) &&
@@ -217,32 +166,68 @@ bool is_gemm_sm90a_usable(Device device, std::string* why_not) {
 }
 
 bool supports_gemm_sm90a(const MatmulArgs& args, std::string* why_not) {
-  return suits_tensor_cores(args.x, args.weight, why_not) &&
+  return supports_mma(args, sm90a::kMaxExtent, why_not) &&
          sm90a::fits(args.x, args.y.cols, why_not);
 }
 
-bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::string* why_not) {
-  return suits_tensor_cores(args.dy, args.weight, why_not) &&
-         sm90a::fits(args.dy, args.dx.cols, why_not);
-}
-
 bool prefers_gemm_sm90a(const MatmulArgs& args) {
-  // Fewer rows are for kernels that need not decode to shared memory.
-  return args.x.rows > kGemmMmaTokens &&
-         gemm_sm90a_is_preferred(args.x.rows, args.weight.rows * args.weight.cols);
+  // Fewer rows are for kernels with less to do before the first product.
+  return args.x.rows > kGemmMmaTokens && gemm_forward_is_preferred(args.x.rows);
 }
 
-bool prefers_gemm_transposed_sm90a(const MatmulTransposedArgs& args) {
-  return gemm_sm90a_is_preferred(args.dy.rows, args.weight.rows * args.weight.cols);
+int64_t gemm_sm90a_workspace_bytes(const MatmulArgs& args) {
+  return gemm_forward_workspace_bytes(sm90a::forward::plan_of(args));
 }
 
-void gemm_sm90a(const MatmulArgs& args, Workspace, Stream stream) {
-  sm90a::run<false>("matmul_4bit gemm_sm90a", {args.x, args.weight, args.bias, args.y}, stream);
-}
-
-void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace, Stream stream) {
-  sm90a::run<true>("matmul_4bit_transposed gemm_sm90a", {args.dy, args.weight, {}, args.dx},
-                   stream);
+void gemm_sm90a(const MatmulArgs& args, Workspace workspace, Stream stream) {
+  using namespace sm90a::forward;
+  const QuantizedView& weight = args.weight;
+  const DeviceGuard guard(weight.device.index);
+  // The driver's function below needs the device's context to be the thread's, which the guard leaves to the
+  // thread's first launch where the device is the current one already.
+  QN_CUDA_TRY(cudaSetDevice(weight.device.index));
+  const GemmForwardPlan plan = plan_of(args);
+  const int64_t units = weight.cols / kStep;
+  const BlockScales scales = block_scales(weight);
+  const bool wide = weight.block_size == kStep && units % kChunkSteps == 0 &&
+                    (weight.absmax.is_double_quantized() ? is_aligned(scales.codes, 4)
+                                                         : is_aligned(scales.values, 16));
+  visit_16bit_dtype(args.y.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Params<T> params{
+        .activations = make_tensor_map({.data = args.x.data,
+                                        .elem_bytes = 2,
+                                        .rows = args.x.rows,
+                                        .cols = args.x.cols,
+                                        .stride_bytes = sm90a::row_stride_bytes(args.x),
+                                        .box_rows = plan.tile_rows,
+                                        .box_cols = kStep}),
+        .codes = make_tensor_map({.data = weight.packed,
+                                  .elem_bytes = 1,
+                                  .rows = weight.rows,
+                                  .cols = weight.cols / 2,
+                                  .stride_bytes = weight.cols / 2,
+                                  .box_rows = kTileCols,
+                                  .box_cols = kCodeRowBytes}),
+        .table = {},
+        .scales = scales,
+        .out = sm90a::out_matrix<T>(args.bias, args.y),
+        .weight_rows = static_cast<int>(weight.rows),
+        .weight_units = static_cast<int>(units),
+        .scales_are_wide = wide,
+        .plan = plan,
+        .partial_sums = reinterpret_cast<float4*>(static_cast<char*>(workspace.data) +
+                                                  gemm_forward_flag_bytes(plan)),
+        .flags = static_cast<uint64_t*>(workspace.data),
+        .ready = next_launch()};
+    visit_tile_rows(plan.tile_rows, [&](auto tile_rows) {
+      visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {
+        using C = Config<T, decltype(tile_rows)::value, decltype(double_quant)::value>;
+        params.table = values_of<C>(weight.codebook, args.y.dtype);
+        launch_gemm<C>(weight.device.index, params, to_cuda(stream));
+      });
+    });
+  });
 }
 
 }  // namespace qlora_native::cuda

@@ -9,7 +9,8 @@
 #include <utility>
 
 #include "gemm/heuristics.h"
-#include "gemm/sm90a/plan.h"
+#include "gemm/sm90a/forward/plan.h"
+#include "gemm/sm90a/transposed/plan.h"
 #include "gemv/heuristics.h"
 #include "grouped/plan.h"
 #include "host/table_values.h"
@@ -215,20 +216,61 @@ TEST(GemmMmaPlan, ServesFewRowsOfX) {
   EXPECT_FALSE(gemm_mma_is_preferred(17));
 }
 
-TEST(GemmSm90aPlan, CoversEveryTileAndAllOfTheDepth) {
+TEST(GemmForwardPlan, SharesAreEvenAndCoverAllChunks) {
+  for (const int64_t processors : {1, 46, 132}) {
+    for (const int64_t rows : {1, 16, 17, 33, 64, 65, 128, 129, 256, 257, 2048, 2049}) {
+      for (const int64_t cols : {1, 128, 129, 1024, 4096, 14336, 28672}) {
+        for (const int64_t depth : {1, 64, 256, 320, 4096, 14336}) {
+          const GemmForwardPlan plan = plan_gemm_forward({rows, cols, depth, processors});
+          EXPECT_GE(int64_t{plan.row_tiles} * plan.tile_rows, rows);
+          EXPECT_LT(int64_t{plan.row_tiles - 1} * plan.tile_rows, rows);
+          EXPECT_GE(int64_t{plan.col_tiles} * kGemmForwardTileCols, cols);
+          EXPECT_LT(int64_t{plan.col_tiles - 1} * kGemmForwardTileCols, cols);
+          EXPECT_GE(int64_t{plan.chunks} * kGemmForwardChunk, depth);
+          EXPECT_LT(int64_t{plan.chunks - 1} * kGemmForwardChunk, depth);
+          EXPECT_GE(plan.row_group, 1);
+          EXPECT_LE(plan.grid, processors) << "all thread blocks run at a time";
+          EXPECT_EQ(plan.first_chunk_of(0), 0);
+          EXPECT_EQ(plan.first_chunk_of(plan.grid), plan.row_tiles * plan.col_tiles * plan.chunks);
+          for (int block = 0; block < plan.grid; ++block) {
+            const int share = plan.first_chunk_of(block + 1) - plan.first_chunk_of(block);
+            EXPECT_GE(share, 1);
+            EXPECT_GE(share, plan.share);
+            EXPECT_LE(share, plan.share + 1);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(GemmForwardPlan, KeepsFlagsAndSumsOfEveryThreadBlock) {
+  const GemmForwardPlan plan = plan_gemm_forward({64, 4096, 4096, 132});
+  EXPECT_EQ(plan.grid, 132);
+  EXPECT_EQ(gemm_forward_flag_bytes(plan), 132 * 8 * 8);
+  EXPECT_EQ(gemm_forward_flag_bytes(plan) % 16, 0) << "the sums are written by 16 bytes";
+  EXPECT_EQ(gemm_forward_workspace_bytes(plan) - gemm_forward_flag_bytes(plan), 132 * 64 * 128 * 4);
+}
+
+TEST(GemmForwardPlan, IsPreferredWhereDecodingOnceDoesNotPay) {
+  EXPECT_TRUE(gemm_forward_is_preferred(1024));
+  EXPECT_FALSE(gemm_forward_is_preferred(1025));
+}
+
+TEST(GemmTransposedPlan, CoversEveryTileAndAllOfTheDepth) {
   for (const ClusterCounts& clusters : {kOneProcessor, kH200}) {
     for (const int64_t rows : {1, 16, 17, 64, 65, 128, 129, 256, 257, 2048, 2049}) {
       for (const int64_t cols : {1, 128, 129, 1024, 4096, 14336, 28672}) {
         for (const int64_t depth : {1, 64, 128, 192, 4096, 14336}) {
-          const GemmSm90aPlan plan = plan_gemm_sm90a({rows, cols, depth, clusters});
-          const int64_t col_tiles = (cols + kGemmSm90aTileCols - 1) / kGemmSm90aTileCols;
+          const GemmTransposedPlan plan = plan_gemm_transposed({rows, cols, depth, clusters});
+          const int64_t col_tiles = (cols + kGemmTransposedTileCols - 1) / kGemmTransposedTileCols;
           const int tiles_of_item = plan.split ? 1 : plan.cluster;
           EXPECT_GE(int64_t{plan.col_items} * tiles_of_item, col_tiles);
           EXPECT_LT(int64_t{plan.col_items - 1} * tiles_of_item, col_tiles);
           EXPECT_GE(int64_t{plan.row_tiles} * plan.tile_rows, rows);
           EXPECT_LT(int64_t{plan.row_tiles - 1} * plan.tile_rows, rows);
           EXPECT_EQ(plan.items, plan.col_items * plan.row_tiles);
-          EXPECT_GE(int64_t{plan.steps} * kGemmSm90aStep, depth);
+          EXPECT_GE(int64_t{plan.steps} * kGemmTransposedStep, depth);
           EXPECT_EQ(plan.steps % 2, 0);
           EXPECT_GE(plan.row_group, 1);
           EXPECT_GE(plan.clusters, 1);
@@ -245,9 +287,9 @@ TEST(GemmSm90aPlan, CoversEveryTileAndAllOfTheDepth) {
   }
 }
 
-TEST(GemmSm90aPlan, SplitsTheDepthAsFarAsClustersRunAtATime) {
+TEST(GemmTransposedPlan, SplitsTheDepthAsFarAsClustersRunAtATime) {
   const auto cluster = [](int64_t rows, int64_t cols) {
-    const GemmSm90aPlan plan = plan_gemm_sm90a({rows, cols, 4096, kH200});
+    const GemmTransposedPlan plan = plan_gemm_transposed({rows, cols, 4096, kH200});
     return plan.split ? plan.cluster : 0;
   };
   EXPECT_EQ(cluster(16, 1024), 8);
@@ -257,12 +299,12 @@ TEST(GemmSm90aPlan, SplitsTheDepthAsFarAsClustersRunAtATime) {
   EXPECT_EQ(cluster(16, 14336), 0);
 }
 
-TEST(GemmSm90aPlan, IsPreferredWhereDecodingOnceDoesNotPay) {
-  EXPECT_TRUE(gemm_sm90a_is_preferred(9, int64_t{4096} * 4096));
-  EXPECT_TRUE(gemm_sm90a_is_preferred(128, int64_t{4096} * 4096));
-  EXPECT_FALSE(gemm_sm90a_is_preferred(129, int64_t{4096} * 4096));
-  EXPECT_TRUE(gemm_sm90a_is_preferred(512, int64_t{14336} * 4096));
-  EXPECT_FALSE(gemm_sm90a_is_preferred(513, int64_t{14336} * 4096));
+TEST(GemmTransposedPlan, IsPreferredWhereDecodingOnceDoesNotPay) {
+  EXPECT_TRUE(gemm_transposed_is_preferred(9, int64_t{4096} * 4096));
+  EXPECT_TRUE(gemm_transposed_is_preferred(128, int64_t{4096} * 4096));
+  EXPECT_FALSE(gemm_transposed_is_preferred(129, int64_t{4096} * 4096));
+  EXPECT_TRUE(gemm_transposed_is_preferred(512, int64_t{14336} * 4096));
+  EXPECT_FALSE(gemm_transposed_is_preferred(513, int64_t{14336} * 4096));
 }
 
 /// What a table in `dtype` loses of the codebook's values, relative, root of the mean square.

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("datasets", reason="the command line loads data with it")
+
 from qlora_native.cli.errors import InputError
 from qlora_native.cli.parallel import OPTIMIZER_SHARDS, Ranks, check_run
 from qlora_native.cli.trainer import StopOnSignal

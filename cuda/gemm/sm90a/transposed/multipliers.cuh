@@ -1,4 +1,4 @@
-// The multipliers of gemm_sm90a.cu: from panels and boxes to sums, and from sums to the output.
+// The multipliers of gemm_transposed_sm90a.cu: from panels and boxes to sums, and from sums to dX.
 #pragma once
 
 #include <algorithm>
@@ -11,67 +11,10 @@
 #include "device/vec_load.cuh"
 #include "device/warpgroup.cuh"
 #include "device/wgmma.cuh"
-#include "gemm/sm90a/layout.cuh"
+#include "gemm/sm90a/out_tile.cuh"
+#include "gemm/sm90a/transposed/layout.cuh"
 
-namespace qlora_native::cuda::sm90a {
-
-/// Rounds a multiplier's sums and writes them, some rows of out at a time, by way of shared memory.
-template <class C>
-__device__ __forceinline__ void write_out(const GemmParams<typename C::Elem>& p, const Work& work,
-                                          uint32_t staging, int multiplier, int thread,
-                                          typename C::Sums& sums) {
-  using T = typename C::Elem;
-  const int warp = thread / kWarpSize;
-  const int lane = thread % kWarpSize;
-  const int first_col = work.first_col + multiplier * kPanelRows;
-  if (p.bias != nullptr) {
-    const int col = first_col + warp * 16 + lane / 4;
-    const float low = col < p.cols ? to_float(p.bias[col]) : 0.0f;
-    const float high = col + 8 < p.cols ? to_float(p.bias[col + 8]) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < C::kSums; ++i) {
-      sums[i / C::kSumsOfHalf][i % C::kSumsOfHalf] += i / 2 % 2 == 0 ? low : high;
-    }
-  }
-  // Rows of 64 columns, 128 bytes, swizzled like panels.
-  const int own_row =
-      lane / 16 * 8 + lane % 8;  // of the four 8x8 matrices that are stored at a time
-  const int own_piece = warp * 2 + lane / 8 % 2;
-#pragma unroll
-  for (int first = 0; first < C::kTokens; first += C::kOutTokens) {
-    if (work.first_row + first >= p.rows) break;
-#pragma unroll
-    for (int i = 0; i < C::kOutTokens / 16; ++i) {
-      const int at = (first / 16 + i) * 8;
-      const float* const part = sums[at / C::kSumsOfHalf] + at % C::kSumsOfHalf;
-      const uint32_t words[4] = {pack_pair<T>(part[0], part[1]), pack_pair<T>(part[2], part[3]),
-                                 pack_pair<T>(part[4], part[5]), pack_pair<T>(part[6], part[7])};
-      store_matrix_x4_transposed(
-          staging + (i * 16 + own_row) * kPanelRowBytes + (own_piece ^ (own_row % 8)) * 16, words);
-    }
-    sync_some(1 + multiplier, kWarpgroup);
-    const int piece = thread % 8;
-    const int col = first_col + piece * 8;
-#pragma unroll 1
-    for (int token = thread / 8; token < C::kOutTokens; token += 16) {
-      const int row = work.first_row + first + token;
-      if (row >= p.rows || col >= p.cols) break;
-      const uint4 values =
-          load_shared4(staging + token * kPanelRowBytes + (piece ^ (token % 8)) * 16);
-      T* const target = p.out + row * p.out_stride + col;
-      if (p.out_is_aligned && col + 8 <= p.cols) {
-        *reinterpret_cast<uint4*>(target) = values;
-      } else {
-        const T* const elems = reinterpret_cast<const T*>(&values);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (col + j < p.cols) target[j] = elems[j];
-        }
-      }
-    }
-    sync_some(1 + multiplier, kWarpgroup);
-  }
-}
+namespace qlora_native::cuda::sm90a::transposed {
 
 /// Puts a multiplier's sums where the other thread blocks of the cluster find them.
 template <class C>
@@ -94,15 +37,10 @@ __device__ __forceinline__ void write_sums(const GemmParams<typename C::Elem>& p
   using T = typename C::Elem;
   constexpr int kThreads = kMultipliers * kWarpgroup;
   const int cluster = p.plan.cluster;
-  const int rows = min(C::kTokens, p.rows - work.first_row);
+  const int rows = min(C::kTokens, p.out.rows - work.first_row);
   const int lane = thread % kWarpSize;
   const int col = work.first_col + lane * 4;
-  if (col >= p.cols) return;
-  float bias[4] = {};
-  if (p.bias != nullptr) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) bias[j] = col + j < p.cols ? to_float(p.bias[col + j]) : 0.0f;
-  }
+  if (col >= p.out.cols) return;
   for (int token = thread / kWarpSize * cluster + rank; token < rows;
        token += kThreads / kWarpSize * cluster) {
     const uint32_t at = base + (token * C::kSumsPitch + lane * 4) * 4;
@@ -114,16 +52,14 @@ __device__ __forceinline__ void write_sums(const GemmParams<typename C::Elem>& p
       sum[2] += part.z;
       sum[3] += part.w;
     }
-    T* const target = p.out + (work.first_row + token) * p.out_stride + col;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum[j] += bias[j];
-    if (p.out_is_aligned && col + 4 <= p.cols) {
+    T* const target = p.out.data + (work.first_row + token) * p.out.row_stride + col;
+    if (p.out.is_aligned && col + 4 <= p.out.cols) {
       *reinterpret_cast<uint2*>(target) =
           make_uint2(pack_pair<T>(sum[0], sum[1]), pack_pair<T>(sum[2], sum[3]));
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (col + j < p.cols) target[j] = from_float<T>(sum[j]);
+        if (col + j < p.out.cols) target[j] = from_float<T>(sum[j]);
       }
     }
   }
@@ -165,8 +101,8 @@ __device__ __forceinline__ void multiply(const GemmParams<typename C::Elem>& p,
 #pragma unroll
         for (int half = 0; half < C::kHalves; ++half) {
           constexpr uint64_t kHalfOfBox = C::kActivationBytes / C::kHalves / 16;
-          wgmma<typename C::Elem, C::kTransposed>(sums[half], a + i * kPanelStep16<C::kTransposed>,
-                                                  b + i * kPanelStep16<false> + half * kHalfOfBox);
+          wgmma<typename C::Elem, true>(sums[half], a + i * kPanelStep16<true>,
+                                        b + i * kPanelStep16<false> + half * kHalfOfBox);
         }
       }
       wgmma_commit();
@@ -187,9 +123,10 @@ __device__ __forceinline__ void multiply(const GemmParams<typename C::Elem>& p,
       cluster_sync_of_any();
       write_sums<C>(p, work, shared.base, rank, multiplier * kWarpgroup + thread);
     } else {
-      write_out<C>(p, work, shared.out(multiplier), multiplier, thread, sums);
+      write_tile(p.out, work.first_row, work.first_col + multiplier * kPanelRows,
+                 shared.out(multiplier), 1 + multiplier, thread, sums);
     }
   }
 }
 
-}  // namespace qlora_native::cuda::sm90a
+}  // namespace qlora_native::cuda::sm90a::transposed

@@ -1,19 +1,19 @@
-// Copies of activations and codes for gemm_sm90a.cu, each started by one thread.
+// Copies of activations and codes for gemm_transposed_sm90a.cu, each started by one thread.
 #pragma once
 
 #include <cstdint>
 
 #include "device/mbarrier.cuh"
 #include "device/tensor_copy.cuh"
-#include "gemm/sm90a/layout.cuh"
+#include "gemm/sm90a/transposed/layout.cuh"
 
-namespace qlora_native::cuda::sm90a {
+namespace qlora_native::cuda::sm90a::transposed {
 
 /// The boxes or chunks of all of the thread block's steps, in turn.
-template <int kSlots, int kStepsOfCopy>
+template <int kSlots>
 class CopySequence {
  public:
-  __device__ __forceinline__ CopySequence(const GemmSm90aPlan& plan, int cluster, int rank)
+  __device__ __forceinline__ CopySequence(const GemmTransposedPlan& plan, int cluster, int rank)
       : plan_(plan), rank_(rank), item_(cluster), work_(work_of(plan, item_, rank)) {}
 
   /// Calls start(work, step, slot) for the next one as soon as its slot's barrier says that there is room. False
@@ -28,13 +28,13 @@ class CopySequence {
     }
     wait_barrier(empty(at_.slot()), at_.round() ^ 1);
     start(work_, work_.first_step + step_, at_.slot());
-    step_ += kStepsOfCopy;
+    ++step_;
     ++at_.count;
     return true;
   }
 
  private:
-  const GemmSm90aPlan& plan_;
+  const GemmTransposedPlan& plan_;
   int rank_;
   int item_;
   Work work_;
@@ -69,7 +69,7 @@ class BoxCopies {
   const GemmParams<typename C::Elem>& p_;
   const Shared<C>& shared_;
   int rank_;
-  CopySequence<C::kBoxes, 1> sequence_;
+  CopySequence<C::kBoxes> sequence_;
 };
 
 template <class C>
@@ -80,23 +80,19 @@ class ChunkCopies {
       : p_(p), shared_(shared), sequence_(p.plan, cluster, rank) {}
 
   __device__ __forceinline__ bool start_next() {
-    return sequence_.start_next(
-        [&](int slot) { return shared_.chunk_empty(slot); },
-        [&](const Work& work, int step, int slot) {
-          const uint32_t full = shared_.chunk_full(slot);
-          arrive_and_expect(full, C::kChunkBytes);
-          if constexpr (C::kTransposed) {
-            copy_box(shared_.chunk(slot), p_.codes, work.first_col / 2, step * kStep, full);
-          } else {
-            copy_box(shared_.chunk(slot), p_.codes, step * kStep / 2, work.first_col, full);
-          }
-        });
+    return sequence_.start_next([&](int slot) { return shared_.chunk_empty(slot); },
+                                [&](const Work& work, int step, int slot) {
+                                  const uint32_t full = shared_.chunk_full(slot);
+                                  arrive_and_expect(full, C::kChunkBytes);
+                                  copy_box(shared_.chunk(slot), p_.codes, work.first_col / 2,
+                                           step * kStep, full);
+                                });
   }
 
  private:
   const GemmParams<typename C::Elem>& p_;
   const Shared<C>& shared_;
-  CopySequence<C::kChunks, C::kStepsOfChunk> sequence_;
+  CopySequence<C::kChunks> sequence_;
 };
 
-}  // namespace qlora_native::cuda::sm90a
+}  // namespace qlora_native::cuda::sm90a::transposed

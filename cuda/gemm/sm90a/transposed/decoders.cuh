@@ -1,4 +1,4 @@
-// The decoders of gemm_sm90a.cu: from chunks of codes to panels of weights.
+// The decoders of gemm_transposed_sm90a.cu: from chunks of codes to panels of weights.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 #include "device/scaled_table.cuh"
 #include "device/shared_memory.cuh"
 #include "device/tensor_copy.cuh"
-#include "gemm/sm90a/copies.cuh"
-#include "gemm/sm90a/layout.cuh"
+#include "gemm/sm90a/transposed/copies.cuh"
+#include "gemm/sm90a/transposed/layout.cuh"
 
-namespace qlora_native::cuda::sm90a {
+namespace qlora_native::cuda::sm90a::transposed {
 
 /// A row of a panel for every step: which one of W, and its scales two steps ahead.
 template <class C>
@@ -22,13 +22,13 @@ class PanelRow {
 
   __device__ __forceinline__ PanelRow(const Params& p, const Work& work, int thread)
       : p_(p),
-        first_row_(C::kTransposed ? thread % kPanelRows : work.first_col + thread),
-        first_unit_(C::kTransposed ? work.first_col / kStep + thread / kPanelRows : 0) {}
+        first_row_(thread % kPanelRows),
+        unit_(work.first_col / kStep + thread / kPanelRows) {}
 
   __device__ __forceinline__ RawScale load_scale(int step) const {
     const uint32_t block =
         min(row(step), p_.weight_rows - 1) * static_cast<uint32_t>(p_.weight_units) +
-        min(unit(step), p_.weight_units - 1);
+        min(unit_, p_.weight_units - 1);
     const uint32_t index = block >> (p_.scales.block_shift - 6);
     if constexpr (C::kDoubleQuant) {
       return {load_after_wait(p_.scales.absmax2 + index / kGroupSize),
@@ -43,20 +43,15 @@ class PanelRow {
     if constexpr (C::kDoubleQuant) {
       scale = decode_scale(load_shared(map + raw.code * 4), raw.value, offset);
     }
-    return row(step) < p_.weight_rows && unit(step) < p_.weight_units ? scale : 0.0f;
+    return row(step) < p_.weight_rows && unit_ < p_.weight_units ? scale : 0.0f;
   }
 
  private:
-  __device__ __forceinline__ int row(int step) const {
-    return C::kTransposed ? first_row_ + step * kStep : first_row_;
-  }
-  __device__ __forceinline__ int unit(int step) const {
-    return C::kTransposed ? first_unit_ : step;
-  }
+  __device__ __forceinline__ int row(int step) const { return first_row_ + step * kStep; }
 
   const Params& p_;
   int first_row_;
-  int first_unit_;
+  int unit_;
 };
 
 template <class C>
@@ -66,9 +61,9 @@ __device__ __forceinline__ void decode(const GemmParams<typename C::Elem>& p,
   const auto& plan = p.plan;
   const int lane = thread % kWarpSize;
   const float offset = C::kDoubleQuant ? load_after_wait(p.scales.offset) : 0.0f;
-  // A row of 32 bytes of codes in a chunk: two pieces of 16 bytes, swizzled by 64 bytes. Forward it is
-  // half of the chunk's row, by the step's parity.
-  const int chunk_row = C::kTransposed ? thread % kPanelRows : thread;
+  // A row of 32 bytes of codes in a chunk, the first or the second half of the chunk's: two pieces of 16 bytes,
+  // swizzled by 64 bytes.
+  const int chunk_row = thread % kPanelRows;
   const int row_swizzle = chunk_row / 2 % 4;
   const uint32_t target_row = thread * kPanelRowBytes;
   // Without a copier one decoder starts the copies of chunks, the other those of boxes.
@@ -85,7 +80,7 @@ __device__ __forceinline__ void decode(const GemmParams<typename C::Elem>& p,
   RingPosition<C::kStages> stage_at;
   RingPosition<C::kChunks> chunk_at;
   stage_at.count = decoder;
-  chunk_at.count = decoder / C::kStepsOfChunk;
+  chunk_at.count = decoder;
   uint32_t to_publish = 0;  // barrier of the stage that was written last
   for (int item = cluster; item < plan.items; item += plan.clusters) {
     const Work work = work_of(plan, item, rank);
@@ -101,7 +96,7 @@ __device__ __forceinline__ void decode(const GemmParams<typename C::Elem>& p,
       raw = next;
       const ScaledTable table = ScaledTable::make<typename C::Elem>(p.values, scale);
 
-      const int half = C::kTransposed ? thread / kPanelRows : step % 2;
+      const int half = thread / kPanelRows;
       wait_barrier(shared.chunk_full(chunk_at.slot()), chunk_at.round());
       const uint32_t source = shared.chunk(chunk_at.slot()) + chunk_row * kChunkRowBytes;
       const uint4 first = load_shared4(source + (half * 2 ^ row_swizzle) * 16);
@@ -124,7 +119,7 @@ __device__ __forceinline__ void decode(const GemmParams<typename C::Elem>& p,
 
       wait_barrier(shared.empty(stage_at.slot()), stage_at.round() ^ 1);
       if (copies_chunks) {
-        for (int copy = 0; copy < kDecoders / C::kStepsOfChunk; ++copy) chunk_copies.start_next();
+        for (int copy = 0; copy < kDecoders; ++copy) chunk_copies.start_next();
       }
       // The box of as many steps ago has been multiplied, like the panels.
       if (copies_boxes && stage_at.count >= C::kBoxes) {
@@ -135,7 +130,7 @@ __device__ __forceinline__ void decode(const GemmParams<typename C::Elem>& p,
       for (int i = 0; i < 8; ++i) store_shared(target + (i ^ (thread % 8)) * 16, pieces[i]);
 
       stage_at.count += kDecoders;
-      chunk_at.count = stage_at.count / C::kStepsOfChunk;
+      chunk_at.count = stage_at.count;
     }
   }
   publish_to_async_proxy();
@@ -143,4 +138,4 @@ __device__ __forceinline__ void decode(const GemmParams<typename C::Elem>& p,
   if (lane == 0 && to_publish != 0) arrive(to_publish);
 }
 
-}  // namespace qlora_native::cuda::sm90a
+}  // namespace qlora_native::cuda::sm90a::transposed

@@ -1,4 +1,4 @@
-// How a product on Hopper's tensor cores (gemm_sm90a.cu) is cut. Pure host arithmetic: no CUDA header.
+// How dX = dY * W on Hopper's tensor cores (gemm_transposed_sm90a.cu) is cut. Pure host arithmetic: no CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -7,19 +7,18 @@
 
 namespace qlora_native::cuda {
 
-/// out[rows, cols] = activations[rows, depth] * weight: forward has cols = N and depth = K, transposed has
-/// cols = K and depth = N.
-struct GemmSm90aProblem {
+/// dX[rows, cols] = dY[rows, depth] * W[depth, cols].
+struct GemmTransposedProblem {
   int64_t rows;
   int64_t cols;
   int64_t depth;
   ClusterCounts clusters;
 };
 
-/// Passed to the kernel as it is. A tile is 128 columns of `out` by `tile_rows` of its rows; a cluster of
+/// Passed to the kernel as it is. A tile is 128 columns of dX by `tile_rows` of its rows; a cluster of
 /// thread blocks works on one tile, each block with a part of the depth (split), or on two neighbours that share the
 /// activations.
-struct GemmSm90aPlan {
+struct GemmTransposedPlan {
   int tile_rows;  ///< 16, 64, 128 or 256
   int cluster;    ///< thread blocks of a cluster
   bool split;     ///< the blocks of a cluster share a tile
@@ -31,12 +30,12 @@ struct GemmSm90aPlan {
   int steps;  ///< of 64 elements of depth, even; a part of a split tile has an even number of them
 };
 
-inline constexpr int kGemmSm90aTileCols = 128;
-inline constexpr int kGemmSm90aStep = 64;
+inline constexpr int kGemmTransposedTileCols = 128;
+inline constexpr int kGemmTransposedStep = 64;
 
-GemmSm90aPlan plan_gemm_sm90a(const GemmSm90aProblem& problem);
+GemmTransposedPlan plan_gemm_transposed(const GemmTransposedProblem& problem);
 
 /// Whether it beats decoding the weight and a dense product (bench/NOTES.md). `weight_elems` is cols * depth.
-bool gemm_sm90a_is_preferred(int64_t rows, int64_t weight_elems);
+bool gemm_transposed_is_preferred(int64_t rows, int64_t weight_elems);
 
 }  // namespace qlora_native::cuda

@@ -1,4 +1,4 @@
-#include "gemm/sm90a/plan.h"
+#include "gemm/sm90a/transposed/plan.h"
 
 #include <algorithm>
 
@@ -20,13 +20,13 @@ int tile_rows_for(int64_t rows) {
 
 }  // namespace
 
-GemmSm90aPlan plan_gemm_sm90a(const GemmSm90aProblem& problem) {
-  GemmSm90aPlan plan{};
+GemmTransposedPlan plan_gemm_transposed(const GemmTransposedProblem& problem) {
+  GemmTransposedPlan plan{};
   plan.tile_rows = tile_rows_for(problem.rows);
   const int64_t row_tiles = ceil_div(problem.rows, plan.tile_rows);
-  const int64_t col_tiles = ceil_div(problem.cols, int64_t{kGemmSm90aTileCols});
+  const int64_t col_tiles = ceil_div(problem.cols, int64_t{kGemmTransposedTileCols});
   const int64_t tiles = row_tiles * col_tiles;
-  plan.steps = static_cast<int>(ceil_div(problem.depth, int64_t{2 * kGemmSm90aStep}) * 2);
+  plan.steps = static_cast<int>(ceil_div(problem.depth, int64_t{2 * kGemmTransposedStep}) * 2);
   plan.cluster = 1;
   for (int size = 2; size <= kMaxClusterSize; ++size) {
     if (tiles <= problem.clusters.of[size] && plan.steps >= 2 * size) plan.cluster = size;
@@ -43,7 +43,7 @@ GemmSm90aPlan plan_gemm_sm90a(const GemmSm90aProblem& problem) {
   return plan;
 }
 
-bool gemm_sm90a_is_preferred(int64_t rows, int64_t weight_elems) {
+bool gemm_transposed_is_preferred(int64_t rows, int64_t weight_elems) {
   constexpr int64_t kLargeWeight = int64_t{1} << 25;
   return rows <= (weight_elems >= kLargeWeight ? 512 : 128);
 }

@@ -1,4 +1,4 @@
-// What the parts of gemm_sm90a.cu agree on: sizes, where things lie in shared memory, the barriers, and
+// What the parts of gemm_transposed_sm90a.cu agree on: sizes, where things lie in shared memory, the barriers, and
 // which part of the product a thread block works on.
 #pragma once
 
@@ -12,32 +12,30 @@
 #include "device/mbarrier.cuh"
 #include "device/warp_reduce.cuh"
 #include "device/wgmma.cuh"
-#include "gemm/sm90a/plan.h"
+#include "gemm/sm90a/operands.h"
+#include "gemm/sm90a/out_tile.cuh"
+#include "gemm/sm90a/transposed/plan.h"
 
-namespace qlora_native::cuda::sm90a {
+namespace qlora_native::cuda::sm90a::transposed {
 
-constexpr int kWarpgroup = 128;
 constexpr int kMultipliers = 2;
 constexpr int kDecoders = 2;
 // What threads have where registers are dealt out: 256 * 160 + 256 * 96 = 512 * 128 at the start.
 constexpr int kMultiplierRegisters = 160;
 constexpr int kDecoderRegisters = 96;
-constexpr int kPanelRows = 64;
 constexpr int kPanelBytes = kPanelRows * kPanelRowBytes;
 constexpr int kWeightBytes = kMultipliers * kPanelBytes;
-constexpr int kTileCols = kGemmSm90aTileCols;
+constexpr int kTileCols = kGemmTransposedTileCols;
 static_assert(kTileCols == kMultipliers * kPanelRows);
-constexpr int kStep = kGemmSm90aStep;
+constexpr int kStep = kGemmTransposedStep;
 constexpr int kChunkRowBytes = 64;  // 128 columns of W
-constexpr int kMaxSharedBytes = 232448;
 constexpr int kAlignment = 1024;
 
-template <class T, int kTokensOfTile, bool kTransposedProduct, bool kDoubleQuantized>
+template <class T, int kTokensOfTile, bool kDoubleQuantized>
 struct Config {
   using Elem = T;
   static constexpr bool kDoubleQuant = kDoubleQuantized;
   static constexpr int kTokens = kTokensOfTile;
-  static constexpr bool kTransposed = kTransposedProduct;
   static constexpr int kSums = kTokens / 2;  // of a multiplier's thread
   // One instruction for 256 tokens would need more registers than a thread has at the start.
   static constexpr int kHalves = kTokens == 256 ? 2 : 1;
@@ -54,11 +52,8 @@ struct Config {
   static constexpr int kStages = 4;
   // Boxes are small where products are quick: many have to be on their way.
   static constexpr int kBoxes = kTokens == 16 ? 16 : kTokens == 64 ? 8 : kStages;
-  static constexpr int kStepsOfChunk = kTransposed ? 1 : 2;
-  static constexpr int kChunkRows = kTransposed ? kPanelRows : 2 * kPanelRows;
-  static constexpr int kChunkBytes = kChunkRows * kChunkRowBytes;
-  static constexpr int kOutTokens = std::min(kTokens, 32);
-  static constexpr int kOutBytes = kOutTokens * kPanelRowBytes;  // of a multiplier
+  static constexpr int kChunkBytes = kPanelRows * kChunkRowBytes;  // of a step
+  static constexpr int kOutBytes = staging_bytes(kTokens);         // of a multiplier
 
   static constexpr int kBoxesAt = kStages * kWeightBytes;
   static constexpr int kOutAt = kBoxesAt + kBoxes * kActivationBytes;
@@ -86,15 +81,10 @@ struct GemmParams {
   CUtensorMap codes;
   float values[16];
   BlockScales scales;
-  const T* bias;
-  T* out;
-  int64_t out_stride;
-  int rows;
-  int cols;
+  OutMatrix<T> out;
   int weight_rows;
   int weight_units;  ///< of 64 elements, of a row of W
-  bool out_is_aligned;
-  GemmSm90aPlan plan;
+  GemmTransposedPlan plan;
 };
 
 /// Where the thread block's share of a work item lies.
@@ -105,7 +95,7 @@ struct Work {
   int steps;
 };
 
-__device__ __forceinline__ Work work_of(const GemmSm90aPlan& plan, int item, int rank) {
+__device__ __forceinline__ Work work_of(const GemmTransposedPlan& plan, int item, int rank) {
   const int group_items = plan.row_group * plan.col_items;
   const int group = item / group_items;
   const int within = item - group * group_items;
@@ -171,7 +161,8 @@ struct Shared {
 };
 
 template <class C>
-__device__ __forceinline__ void init_barriers(const Shared<C>& shared, const GemmSm90aPlan& plan) {
+__device__ __forceinline__ void init_barriers(const Shared<C>& shared,
+                                              const GemmTransposedPlan& plan) {
   constexpr int kWarps = kWarpgroup / kWarpSize;
   const int sharers = plan.split ? 1 : plan.cluster;  // of the activations
   for (int stage = 0; stage < C::kStages; ++stage) {
@@ -184,9 +175,9 @@ __device__ __forceinline__ void init_barriers(const Shared<C>& shared, const Gem
   }
   for (int slot = 0; slot < C::kChunks; ++slot) {
     init_barrier(shared.chunk_full(slot), 1);
-    init_barrier(shared.chunk_empty(slot), kWarps * std::min(kDecoders, C::kStepsOfChunk));
+    init_barrier(shared.chunk_empty(slot), kWarps);
   }
   publish_barriers();
 }
 
-}  // namespace qlora_native::cuda::sm90a
+}  // namespace qlora_native::cuda::sm90a::transposed

@@ -1,0 +1,154 @@
+// What the parts of gemm_sm90a.cu agree on: sizes, where things lie in shared memory, the barriers, and which parts
+// of the product a thread block works on.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "device/decode.cuh"
+#include "device/mbarrier.cuh"
+#include "device/pair_table.cuh"
+#include "device/warp_reduce.cuh"
+#include "gemm/sm90a/forward/plan.h"
+#include "gemm/sm90a/operands.h"
+#include "gemm/sm90a/out_tile.cuh"
+#include "host/table_values.h"
+
+namespace qlora_native::cuda::sm90a::forward {
+
+constexpr int kTileCols = kGemmForwardTileCols;
+constexpr int kStep = 64;  // elements of depth: a box of activations, a scale of every row
+constexpr int kChunkSteps = kGemmForwardChunk / kStep;
+constexpr int kCodeRowBytes = kGemmForwardChunk / 2;
+constexpr int kCodeBytes = kTileCols * kCodeRowBytes;
+constexpr int kPanels = 2;  // of 64 rows of W
+static_assert(kTileCols == kPanels * kPanelRows);
+constexpr int kOwners = kGemmForwardOwners;
+static_assert(kOwners == kPanels * kWarpgroup / kWarpSize);
+constexpr int kScaleThreads = 2 * kWarpSize;
+constexpr int kAlignment = 1024;
+constexpr int kTableAt = 65536;  // in the window of shared memory
+
+template <class T, int kTokensOfTile, bool kDoubleQuantized>
+struct Config {
+  using Elem = T;
+  static constexpr bool kDoubleQuant = kDoubleQuantized;
+  static constexpr int kTokens = kTokensOfTile;
+  /// Few rows: the sums of a step are multiplied by the scales. Many: the weights are.
+  static constexpr bool kScalesWeights = kTokens >= 128;
+  static constexpr int kTeams = kScalesWeights ? 1 : 2;  // each has every other step
+  static constexpr int kMultipliers = kTeams * kPanels;  // warpgroups
+  static constexpr int kThreads = (kMultipliers + 1) * kWarpgroup;
+  static constexpr int kMultiplierRegisters = kScalesWeights ? (kTokens == 256 ? 216 : 208) : 104;
+  static constexpr int kCopierRegisters = kScalesWeights ? (kTokens == 256 ? 72 : 88) : 64;
+  static constexpr int kSums = kTokens / 2;
+  using Sums = float[1][kSums];
+  static constexpr int kBoxBytes = kTokens * kPanelRowBytes;
+  static constexpr int kBoxes = kTokens == 256 ? 3 : kTokens == 128 ? 4 : 8;
+  static constexpr int kChunks = kTokens == 256 ? 2 : 4;
+  static constexpr int kScaleBytes = kTileCols * kChunkSteps * (kScalesWeights ? 8 : 4);
+  static constexpr int kOutBytes = staging_bytes(kTokens);
+  // Before the table: barriers, map, staging, scales, some of the boxes. Behind it: chunks, the other boxes.
+  static constexpr int kMapAt = 256;
+  static constexpr int kOutAt = 2048;
+  static constexpr int kScalesAt = kOutAt + kPanels * kOutBytes;
+  static constexpr int kBoxesAt = kScalesAt + kChunks * kScaleBytes;
+  static constexpr int kBoxesBefore =
+      std::min(kBoxes, (kTableAt - kAlignment - kBoxesAt) / kBoxBytes);
+  static constexpr uint32_t kChunksAt = PairTable::kBytes;  // from the table
+  static constexpr uint32_t kBoxesBehindAt = kChunksAt + kChunks * kCodeBytes;
+  static constexpr uint32_t kBehindEnd = kBoxesBehindAt + (kBoxes - kBoxesBefore) * kBoxBytes;
+  static constexpr int kSharedBytes = kTableAt + kBehindEnd;
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  static_assert(2 * (kBoxes + kChunks) * kBarrierBytes <= kMapAt);
+};
+
+template <class T>
+struct Params {
+  CUtensorMap activations;
+  CUtensorMap codes;
+  TableValues table;
+  BlockScales scales;
+  OutMatrix<T> out;
+  int weight_rows;
+  int weight_units;      ///< of 64 elements, of a row of W
+  bool scales_are_wide;  ///< those of a chunk's row can be loaded at once
+  GemmForwardPlan plan;
+  float4* partial_sums;  ///< [grid, kSums / 4, kOwners, 32]
+  uint64_t* flags;       ///< [grid, kOwners]
+  uint64_t ready;        ///< what a flag is while its sums are there; no other launch has the same
+};
+
+/// A thread block's work: segments of tiles, one after another.
+class Segments {
+ public:
+  __device__ __forceinline__ Segments(const GemmForwardPlan& plan, int block)
+      : plan_(plan), at_(plan.first_chunk_of(block)), end_(plan.first_chunk_of(block + 1)) {}
+
+  __device__ __forceinline__ bool next() {
+    at_ += chunks;
+    if (at_ >= end_) return false;
+    tile = at_ / plan_.chunks;
+    first = at_ - tile * plan_.chunks;
+    chunks = min(plan_.chunks - first, end_ - at_);
+    const int group_tiles = plan_.row_group * plan_.col_tiles;
+    const int group = tile / group_tiles;
+    const int within = tile - group * group_tiles;
+    const int first_of_group = group * plan_.row_group;
+    const int rows = min(plan_.row_group, plan_.row_tiles - first_of_group);
+    const int col = within / rows;
+    first_row = (first_of_group + within - col * rows) * plan_.tile_rows;
+    first_col = col * kTileCols;
+    return true;
+  }
+
+  int tile;
+  int first;  ///< chunk of the tile
+  int chunks = 0;
+  int first_row;  ///< of out
+  int first_col;
+
+ private:
+  const GemmForwardPlan& plan_;
+  int at_;
+  int end_;
+};
+
+/// The barriers, and where things lie in shared memory.
+template <class C>
+struct Shared {
+  uint32_t base;
+  uint32_t table;
+  __device__ __forceinline__ uint32_t box(int slot) const {
+    return slot < C::kBoxesBefore
+               ? base + C::kBoxesAt + slot * C::kBoxBytes
+               : table + C::kBoxesBehindAt + (slot - C::kBoxesBefore) * C::kBoxBytes;
+  }
+  __device__ __forceinline__ uint32_t codes(int slot) const {
+    return table + C::kChunksAt + slot * kCodeBytes;
+  }
+  __device__ __forceinline__ uint32_t scales(int slot) const {
+    return base + C::kScalesAt + slot * C::kScaleBytes;
+  }
+  __device__ __forceinline__ uint32_t out(int multiplier) const {
+    return base + C::kOutAt + multiplier * C::kOutBytes;
+  }
+  __device__ __forceinline__ uint32_t map() const { return base + C::kMapAt; }
+  __device__ __forceinline__ uint32_t box_full(int slot) const { return barrier(slot); }
+  __device__ __forceinline__ uint32_t box_empty(int slot) const {
+    return barrier(C::kBoxes + slot);
+  }
+  __device__ __forceinline__ uint32_t chunk_full(int slot) const {
+    return barrier(2 * C::kBoxes + slot);
+  }
+  __device__ __forceinline__ uint32_t chunk_empty(int slot) const {
+    return barrier(2 * C::kBoxes + C::kChunks + slot);
+  }
+  __device__ __forceinline__ uint32_t barrier(int index) const {
+    return base + index * kBarrierBytes;
+  }
+};
+
+}  // namespace qlora_native::cuda::sm90a::forward

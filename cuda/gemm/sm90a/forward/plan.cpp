@@ -1,0 +1,55 @@
+#include "gemm/sm90a/forward/plan.h"
+
+#include <algorithm>
+
+namespace qlora_native::cuda {
+namespace {
+
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+  return value / divisor + (value % divisor != 0);
+}
+
+constexpr int64_t kRowGroup = 8;
+constexpr int64_t kMaxPreferredRows = 1024;
+constexpr int64_t kFlagBytes = 8;
+constexpr int64_t kSumBytes = 4;
+
+int tile_rows_for(int64_t rows) {
+  for (const int tile_rows : {16, 32, 64, 128}) {
+    if (rows <= tile_rows) return tile_rows;
+  }
+  return 256;
+}
+
+}  // namespace
+
+GemmForwardPlan plan_gemm_forward(const GemmForwardProblem& problem) {
+  GemmForwardPlan plan{};
+  plan.tile_rows = tile_rows_for(problem.rows);
+  const int64_t row_tiles = ceil_div(problem.rows, plan.tile_rows);
+  const int64_t col_tiles = ceil_div(problem.cols, kGemmForwardTileCols);
+  const int64_t chunks = ceil_div(problem.depth, kGemmForwardChunk);
+  const int64_t total = row_tiles * col_tiles * chunks;
+  const int64_t grid = std::clamp<int64_t>(total, 1, problem.processors);
+  plan.col_tiles = static_cast<int>(col_tiles);
+  plan.row_tiles = static_cast<int>(row_tiles);
+  plan.row_group = static_cast<int>(std::min(row_tiles, kRowGroup));
+  plan.chunks = static_cast<int>(chunks);
+  plan.grid = static_cast<int>(grid);
+  plan.share = static_cast<int>(total / grid);
+  plan.blocks_with_more = static_cast<int>(total % grid);
+  return plan;
+}
+
+int64_t gemm_forward_flag_bytes(const GemmForwardPlan& plan) {
+  return plan.grid * kGemmForwardOwners * kFlagBytes;
+}
+
+int64_t gemm_forward_workspace_bytes(const GemmForwardPlan& plan) {
+  return gemm_forward_flag_bytes(plan) +
+         int64_t{plan.grid} * plan.tile_rows * kGemmForwardTileCols * kSumBytes;
+}
+
+bool gemm_forward_is_preferred(int64_t rows) { return rows <= kMaxPreferredRows; }
+
+}  // namespace qlora_native::cuda

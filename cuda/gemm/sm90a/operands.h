@@ -1,0 +1,65 @@
+// What the products on Hopper take, and how they see it. Host only.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "gemm/sm90a/out_tile.cuh"
+#include "host/kernel_args.h"
+#include "host/launch.h"
+#include "qlora_native/views.h"
+
+namespace qlora_native::cuda::sm90a {
+
+constexpr int kMaxSharedBytes = 232448;           ///< what a thread block of sm_90 can have
+constexpr int64_t kMaxExtent = int64_t{1} << 30;  ///< the kernels number by 32 bits
+
+/// Bytes from a row to the next. Of a single row any will do: it may be one that the tensor copy engine does not
+/// take.
+inline int64_t row_stride_bytes(const MatrixView& activations) {
+  return (activations.rows == 1 ? ceil_div(activations.cols, int64_t{8}) * 8
+                                : activations.row_stride) *
+         2;
+}
+
+/// Whether the kernels can number tiles, steps, rows and columns of the product with `cols` columns.
+inline bool fits(const MatrixView& activations, int64_t cols, std::string* why_not) {
+  constexpr int64_t kSmallestTileRows = 16;
+  constexpr int64_t kTileCols = 128;
+  constexpr int64_t kChunk = 256;
+  constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;
+  if (activations.cols == 0) {
+    *why_not = "there is nothing to sum";
+    return false;
+  }
+  if (row_stride_bytes(activations) >= kMaxStrideBytes) {
+    *why_not = "rows of the activations are " + std::to_string(row_stride_bytes(activations)) +
+               " bytes apart, the copy engine takes less than 2^40";
+    return false;
+  }
+  const bool is_large =
+      activations.rows > kMaxExtent || cols > kMaxExtent || activations.cols > kMaxExtent;
+  // Of factors up to 2^30 the first product cannot overflow.
+  const int64_t tiles = is_large
+                            ? kMaxExtent + 1
+                            : (activations.rows / kSmallestTileRows + 1) * (cols / kTileCols + 1);
+  if (tiles > kMaxExtent || tiles * (activations.cols / kChunk + 1) > kMaxExtent) {
+    *why_not = "a product of " + std::to_string(activations.rows) + " x " +
+               std::to_string(activations.cols) + " x " + std::to_string(cols) +
+               " has more than 2^30 parts, rows or columns";
+    return false;
+  }
+  return true;
+}
+
+template <class T>
+OutMatrix<T> out_matrix(const VectorView& bias, const MutableMatrixView& out) {
+  return {.bias = static_cast<const T*>(bias.data),
+          .data = static_cast<T*>(out.data),
+          .row_stride = out.row_stride,
+          .rows = static_cast<int>(out.rows),
+          .cols = static_cast<int>(out.cols),
+          .is_aligned = is_aligned(out.data, 16) && out.row_stride % 8 == 0};
+}
+
+}  // namespace qlora_native::cuda::sm90a
