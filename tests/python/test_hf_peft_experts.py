@@ -12,7 +12,7 @@ import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import qlora_native as qn
-from _hf import MIXTURES, dense_twin, fill, logits, loss_and_gradients, quantized
+from _hf import IDS, MIXTURES, dense_twin, fill, logits, loss_and_gradients, quantized
 from qlora_native.hf import peft_experts
 from qlora_native.nn import Experts4bit
 
@@ -125,6 +125,60 @@ def test_a_merge_that_is_not_finite_changes_nothing(safe_merge):
         wrapper.merge(safe_merge=safe_merge)
     assert not wrapper.merged_adapters
     assert all(torch.equal(t, before[n]) for n, t in wrapper.state_dict().items())
+
+
+def test_dropout_drops_the_input_of_the_adapters(tmp_path):
+    """Which the stock wrapper refuses; without training the model is the same as without it."""
+    dropped = get_peft_model(quantized("mixtral"), LoraConfig(**PARAMETERS, lora_dropout=0.5))
+    plain, _ = pair("mixtral")
+    fill(dropped).eval()
+    plain.load_state_dict(dropped.state_dict())
+    assert torch.equal(logits(dropped), logits(plain))
+    assert {m.lora_dropout["default"].p for m in wrappers_in(dropped)} == {0.5}
+    dropped.train()
+    (first, gradients), (again, gradients_again) = (loss_and_gradients(dropped) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, logits(plain), atol=1e-4)
+    qn.prepare_for_training(dropped, use_reentrant=False)
+    checkpointed = loss_and_gradients(dropped)[1]
+    for key, gradient in gradients.items():
+        assert torch.equal(gradient, gradients_again[key])
+        torch.testing.assert_close(checkpointed[key], gradient)
+    dropped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized("mixtral"), tmp_path, is_trainable=True)
+    assert {m.lora_dropout["default"].p for m in wrappers_in(loaded)} == {0.5}
+    assert torch.equal(logits(loaded.eval()), logits(plain))
+    loaded.add_adapter("second", LoraConfig(**PARAMETERS, lora_dropout=0.25))
+    assert {m.lora_dropout["second"].p for m in wrappers_in(loaded)} == {0.25}
+    assert loaded.peft_config["second"].lora_dropout == 0.25
+
+
+def test_half_of_the_elements_are_dropped_and_the_others_doubled():
+    model = get_peft_model(quantized("qwen3_moe"), LoraConfig(**PARAMETERS, lora_dropout=0.5))
+    fill(model).train()
+    wrapper = wrappers_in(model)[0]
+    seen = []
+    wrapper.lora_dropout["default"].register_forward_hook(lambda m, x, y: seen.append((x[0], y)))
+    model(input_ids=IDS)
+    ((x, y),) = seen
+    kept = y != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(y[kept], 2 * x[kept])
+
+
+def test_a_model_with_adapted_experts_compiles_in_one_graph():
+    model, _ = pair("mixtral")
+    experts = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.experts"))
+    assert isinstance(experts, peft_experts.ParamWrapper)
+    x, index, weights = torch.randn(6, 32), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    x.requires_grad_()
+    trained = [x, *(p for p in experts.parameters() if p.requires_grad)]
+    results = []
+    for one in (experts, torch.compile(experts, fullgraph=True, backend="aot_eager")):
+        y = one(x, index, weights)
+        results.append((y, *torch.autograd.grad(y.square().sum(), trained)))
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_several_adapters():

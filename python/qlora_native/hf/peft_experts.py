@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_native.nn.experts import PARTS, ExpertAdapter, Experts4bit
 
@@ -17,12 +20,30 @@ class ParamWrapper(StockParamWrapper):
     """PEFT's wrapper of one stack of experts, over a 4-bit stack.
 
     The stock class adds the low-rank products to the whole dense stack in every forward. Here the
-    layer of experts adds them to what it computes, and merges go expert by expert. Files are the
-    stock class's. Its name is, too: PEFT compares it.
+    layer of experts adds them to what it computes, for which dropout is possible too, and merges
+    go expert by expert. Files are the stock class's. Its name is, too: PEFT compares it.
     """
 
     _unmerged: dict[str, Tensor] | None = None
     """State of the stack from before the merge; costs its size again while merged."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        super().__init__(base_layer, adapter_name, config=_without_dropout(config), **kwargs)
+        self._set_dropout(adapter_name, config)
+
+    def update_layer(
+        self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """Adds an adapter, as PEFT's wrapper does; with dropout, which that refuses."""
+        super().update_layer(adapter_name, *args, config=_without_dropout(config), **kwargs)
+        self._set_dropout(adapter_name, config)
+
+    def _set_dropout(self, adapter_name: str, config: LoraConfig) -> None:
+        if config.lora_dropout:
+            dropout = nn.Dropout(config.lora_dropout).train(self.training)
+            self.lora_dropout[adapter_name] = dropout
 
     def get_param(self) -> Tensor:
         """What the dense stack would be: its shape, dtype and device, without memory."""
@@ -37,7 +58,7 @@ class ParamWrapper(StockParamWrapper):
         # PEFT's layout: A has the experts' ranks one after another, B has them interleaved.
         a = a.view(self.num_experts, -1, a.shape[1])
         b = b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
-        return ExpertAdapter(a, b, self.scaling[name])
+        return ExpertAdapter(a, b, self.scaling[name], self.lora_dropout[name])
 
     @contextmanager
     def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
@@ -84,7 +105,7 @@ class ParamWrapper(StockParamWrapper):
         quantized = layer.quantized_stack(self.parameter_name)
         for expert in range(self.num_experts):
             weight = quantized[expert].dequantize(torch.float32)
-            for a, b, scaling in adapters:
+            for a, b, scaling, _ in adapters:
                 weight.add_(b[expert].float() @ a[expert].float(), alpha=scaling)
             layer.requantize_expert_(self.parameter_name, expert, weight)
 
@@ -102,6 +123,12 @@ class ParamWrapper(StockParamWrapper):
             self.get_base_layer()._parameters[name].copy_(value)
 
 
-def is_packed_stack(module: torch.nn.Module, parameter_name: str) -> bool:
+def _without_dropout(config: LoraConfig) -> LoraConfig:
+    config = copy.copy(config)
+    config.lora_dropout = 0.0
+    return config
+
+
+def is_packed_stack(module: nn.Module, parameter_name: str) -> bool:
     """Whether the parameter is a stack of experts in 4 bits."""
     return isinstance(module, Experts4bit) and parameter_name in module.formats

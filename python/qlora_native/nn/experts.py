@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_native._grouped_lora import grouped_lora
 from qlora_native.functional import QuantizedStack, grouped_linear_4bit, quantize_4bit
 from qlora_native.nn.linear import as_fp32, is_misaligned, state_of
 from qlora_native.nn.settings import other_settings, write_settings
@@ -48,17 +47,19 @@ class StackFormat:
 
 
 class ExpertAdapter(NamedTuple):
-    """Low-rank matrices for every expert of a stack: scaling * B_e A_e x.
+    """Low-rank matrices for every expert of a stack: scaling * B_e A_e dropout(x).
 
     Attributes:
-        a: [E, r, in_features].
-        b: [E, out_features, r].
+        a: [E, r, in_features], of any floating dtype.
+        b: [E, out_features, r], likewise.
         scaling: the factor of the product.
+        dropout: an nn.Dropout or nn.Identity for the adapter's input.
     """
 
     a: Tensor
     b: Tensor
     scaling: float
+    dropout: nn.Module
 
 
 class Experts4bit(nn.Module):
@@ -215,8 +216,9 @@ class Experts4bit(nn.Module):
     def _project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
         y = grouped_linear_4bit(x, ends, self.quantized_stack(name), bias)
-        for adapter in self.adapters.get(name, ()):
-            y = y + _grouped_low_rank(x, ends, adapter).to(y.dtype)
+        for a, b, scaling, dropout in self.adapters.get(name, ()):
+            # In the dtype of the base product, which autocast may have chosen.
+            y = y + grouped_lora(dropout(x).to(y.dtype), ends, a, b, scaling)
         return y
 
     # ---- as a module ----
@@ -318,16 +320,3 @@ def class_over(experts_class: type[nn.Module]) -> type[nn.Module]:
 
 def _new(experts_class: type[nn.Module]) -> nn.Module:
     return nn.Module.__new__(class_over(experts_class))
-
-
-def _grouped_low_rank(x: Tensor, ends: Tensor, adapter: ExpertAdapter) -> Tensor:
-    """scaling * B_e A_e x for the rows of every group, in the dtype of `x`."""
-    bounds = [0, *ends.tolist()]
-    sizes = [end - start for start, end in pairwise(bounds)]
-    a, b = adapter.a.to(x.dtype), adapter.b.to(x.dtype)
-    # Split and unbound once: a slice per expert would add a whole gradient per expert.
-    groups = zip(x.split(sizes), a.unbind(0), b.unbind(0), strict=True)
-    updates = [F.linear(F.linear(rows, a_e), b_e) for rows, a_e, b_e in groups if len(rows)]
-    if not updates:
-        return x.new_zeros(0, b.shape[1])
-    return torch.cat(updates) * adapter.scaling
