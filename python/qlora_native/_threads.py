@@ -17,7 +17,7 @@ _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 def loaded_openmp_runtimes(maps: str) -> list[str]:
     """Return the paths of OpenMP runtimes in the text of /proc/self/maps, in order, once each."""
     paths = (line.split(maxsplit=5)[-1] for line in maps.splitlines())
-    found = (path for path in paths if Path(path).name.startswith(_RUNTIMES))
+    found = (path for path in paths if path.rpartition("/")[2].startswith(_RUNTIMES))
     return list(dict.fromkeys(found))
 
 
