@@ -192,6 +192,31 @@ def test_named_modules_are_left_alone(llama):
     assert all(name.startswith("model.layers.0.") for name in layers(model))
 
 
+@pytest.mark.parametrize(
+    ("entry", "dense"),
+    [
+        ("model.layers.1", ["model.layers.1", "model.layers.1.mlp.gate"]),
+        ("mlp.gate", ["model.layers.1.mlp.gate", "model.layers.11.mlp.gate"]),
+        ("layers.1", ["model.layers.1"]),
+        ("model.layers.*.gate", ["model.layers.1.mlp.gate", "model.layers.11.mlp.gate"]),
+        ("model.layers.1|lm_head", ["model.layers.1", "model.layers.1.mlp.gate", "lm_head"]),
+        (r"model\.layers\.1\.", ["model.layers.1.mlp.gate"]),
+        ("proj", ["model.layers.11.mlp.gate_proj"]),
+        ("head", ["lm_head"]),
+        ("lm", []),
+    ],
+)
+def test_what_an_entry_names_is_the_same_in_every_version(entry, dense):
+    names = [
+        "lm_head", "model.layers.1", "model.layers.1.mlp.gate", "model.layers.11.mlp.gate",
+        "model.layers.11.mlp.gate_proj",
+    ]  # fmt: skip
+    assert [name for name in names if layer_kinds.stays_dense(name, [entry])] == sorted(
+        dense, key=names.index
+    )
+    assert not layer_kinds.stays_dense("lm_head", [])
+
+
 def test_the_head_can_be_quantized(llama, tmp_path):
     model = load(llama, modules_to_not_convert=[])
     assert isinstance(model.lm_head, Linear4bit)

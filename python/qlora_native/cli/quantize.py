@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_native.cli import loading, models, output
 from qlora_native.cli.errors import InputError, Interrupted, display_path, require
@@ -16,6 +15,7 @@ from qlora_native.cli.options import QuantizeOptions
 from qlora_native.cli.packed_store import PackedStore, is_same_run
 from qlora_native.cli.progress import stdout
 from qlora_native.hf import QLoRANativeConfig
+from qlora_native.hf.layer_kinds import stays_dense
 from qlora_native.hf.model_card import write_model_card
 from qlora_native.nn.expert_conversion import is_experts
 
@@ -109,11 +109,11 @@ def _check_experts(options: QuantizeOptions, config: QLoRANativeConfig) -> None:
         return
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(loading.load_config(options.model))
-    kept = config.modules_to_not_convert
+    kept = config.modules_to_not_convert or ()
     experts = [
         name
         for name, module in model.named_modules()
-        if is_experts(module) and should_convert_module(name, kept)
+        if is_experts(module) and not stays_dense(name, kept)
     ]
     require(
         not experts,

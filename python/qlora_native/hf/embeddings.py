@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qlora_native.hf.layer_kinds import stays_dense
 from qlora_native.nn.embedding import Embedding4bit
 
 _PARTS = ("_absmax", "_absmax2")
@@ -31,11 +31,10 @@ def token_embeddings(model: Any, modules_to_not_convert: Sequence[str] | None) -
         pair = {target.rpartition(".")[0], source.rpartition(".")[0]}
         if names & pair:
             names |= pair
-    # Matched as for linear layers: an entry may be a suffix, a parent or a pattern.
     kept = [
         entry
         for entry in modules_to_not_convert or ()
-        if not all(should_convert_module(name, [entry]) for name in names)
+        if any(stays_dense(name, [entry]) for name in names)
     ]
     if kept:
         raise ValueError(

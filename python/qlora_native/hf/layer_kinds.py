@@ -6,6 +6,8 @@ a checkpoint holds into that module's state, and gives the dense module back.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +17,19 @@ from qlora_native.functional import QuantizedTensor, quantize_4bit
 from qlora_native.nn.embedding import Embedding4bit, dense_embedding
 from qlora_native.nn.linear import Linear4bit, state_of
 from qlora_native.nn.lora import dense_linear
+
+
+def stays_dense(name: str, entries: Iterable[str]) -> bool:
+    """Whether `modules_to_not_convert` names the module: by its path or the path of a module around
+    it, either as a pattern, or by the end of its path.
+
+    transformers has such a function, whose older versions (5.10) take "layers.1" for "layers.11"
+    as well: a stored model would mean something else there.
+    """
+    return any(
+        re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(entry)
+        for entry in entries
+    )
 
 
 class LayerKind:

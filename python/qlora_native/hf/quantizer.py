@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
 from qlora_native.hf import bitsandbytes_models, moe
 from qlora_native.hf.config import QUANT_METHOD, QLoRANativeConfig
 from qlora_native.hf.embeddings import tie_parts, token_embeddings
-from qlora_native.hf.layer_kinds import KINDS, kind_of
+from qlora_native.hf.layer_kinds import KINDS, kind_of, stays_dense
 from qlora_native.hf.model_card import attach_card
 from qlora_native.hf.packing import (
     PackOnLoad,
@@ -152,9 +152,7 @@ class QLoRANativeQuantizer(HfQuantizer):
         replaced = 0
         for name, module in list(model.named_modules()):
             if name not in embeddings and (
-                isinstance(module, nn.Embedding)
-                or name in tied
-                or not should_convert_module(name, skip)
+                isinstance(module, nn.Embedding) or name in tied or stays_dense(name, skip)
             ):
                 continue
             layer = self._make(name, module)
