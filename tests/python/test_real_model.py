@@ -69,6 +69,32 @@ def test_embeddings_stay_where_they_were():
     assert nearest[:4].tolist() == [1, 0, 3, 2]
 
 
+def test_bitsandbytes_moves_them_as_far():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    ours, theirs = encoder(), encoder()
+    with torch.no_grad():
+        dense = embeddings(ours)
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.Linear):
+                packed, state = bitsandbytes.functional.quantize_4bit(
+                    module.weight, blocksize=64, quant_type="nf4", compress_statistics=True
+                )
+                module.weight.copy_(bitsandbytes.functional.dequantize_4bit(packed, state))
+        qn.quantize_model(ours)
+        cosines = [(dense * embeddings(model)).sum(-1) for model in (ours, theirs)]
+    torch.testing.assert_close(*cosines, rtol=0, atol=1e-3)
+
+
+def test_they_stay_closer_with_the_last_layers_dense():
+    model = encoder()
+    with torch.no_grad():
+        dense = embeddings(model)
+        qn.quantize_model(model, skip=["encoder.layer.4", "encoder.layer.5"])
+        cosines = (dense * embeddings(model)).sum(-1)
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 25
+    assert cosines.mean() > 0.98
+
+
 def test_adapters_train_over_it():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
