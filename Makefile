@@ -16,7 +16,7 @@ cmake_defines := -Ccmake.define.QLORA_NATIVE_CUDA=$(CUDA) \
 
 help:
 	@echo "make test    build and run every test that needs no GPU"
-	@echo "make test-matrix  the tests of the integrations with every version of transformers that we declare"
+	@echo "make test-matrix  the tests of the integrations with the oldest and newest libraries that we declare"
 	@echo "make demo    train a small model, quantize it, fine-tune it, compare"
 	@echo "make gpu     build and test on this machine's GPU, write bench/results/<gpu>.json"
 	@echo "make bench   measure, alone and beside bitsandbytes and dense bf16; redraw README's figures"
@@ -39,15 +39,25 @@ test: build
 	$(BIN)/ctest --test-dir build/python --output-on-failure -j 2
 	$(BIN)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
-# transformers as we declare it, oldest and newest: each beside the packages of .venv, which it shadows.
-TRANSFORMERS_VERSIONS ?= 5.10.1 5.17.0 5.23.0
+# The integrations' libraries as pyproject.toml declares them, oldest and newest, and something in
+# between. Each set lies beside the packages of .venv, which it shadows. Only transformers brings
+# what it depends on: the others depend on torch, of which .venv has the one to test with.
+MATRIX ?= \
+  transformers==5.10.1,peft==0.21.0,accelerate==1.10.0,trl==1.0.0 \
+  transformers==5.17.0,peft==0.21.1,accelerate==1.12.0,trl==1.8.0 \
+  transformers==5.23.0,peft==0.21.2,accelerate==1.15.0,trl==1.16.0
 test-matrix: build
-	for version in $(TRANSFORMERS_VERSIONS); do \
-	  folder=build/matrix/transformers-$$version; \
-	  [ -d $$folder ] || $(BIN)/pip install --quiet --target $$folder transformers==$$version || exit 1; \
-	  echo "== transformers $$version"; \
-	  PYTHONPATH=$$folder $(BIN)/pytest tests/python -k "test_hf or test_cli_quantize or test_embedding" \
-	    $(PYTEST_ARGS) || exit 1; \
+	for set in $(MATRIX); do \
+	  folder=build/matrix/$$set; others=$${set#*,}; \
+	  if [ ! -d $$folder ]; then \
+	    rm -rf $$folder.part; \
+	    $(BIN)/pip install --quiet --target $$folder.part $${set%%,*} && \
+	    $(BIN)/pip install --quiet --target $$folder.part --no-deps $${others//,/ } && \
+	    mv $$folder.part $$folder || exit 1; \
+	  fi; \
+	  echo "== $$set"; \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest tests/python \
+	    -k "test_hf or test_cli_quantize or test_embedding or test_experts" $(PYTEST_ARGS) || exit 1; \
 	done
 
 lint: bootstrap
