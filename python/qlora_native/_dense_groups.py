@@ -80,6 +80,7 @@ class TiledGroups:
         height = self.height(groups, rows, rank)
         # A group wastes less than a tile, and no more groups have rows than there are rows.
         tiles = (rows + min(groups, rows) * (height - 1)) // height
+        ends = ends.to(torch.int64)
         sizes = torch.diff(ends, prepend=ends.new_zeros(1))
         starts = ends - sizes
         counts = (sizes + (height - 1)) // height
@@ -173,4 +174,7 @@ def _aligned(matrices: Tensor) -> Tensor:
     rows = -matrices.shape[-2] % step if matrices.dim() == 3 else 0
     if rows or cols:
         return F.pad(matrices, (0, cols, 0, rows))
+    # One row is contiguous whatever its stride is.
+    if matrices.dim() == 2 and matrices.stride(0) != matrices.shape[1]:
+        return matrices.clone(memory_format=torch.contiguous_format)
     return matrices if matrices.data_ptr() % 16 == 0 else matrices.clone()

@@ -116,6 +116,16 @@ def test_fp32_factors_beside_16_bits_and_strided_arguments(device, way):
     assert_close((y, dx, da, db.permute(2, 0, 1)), expected, torch.bfloat16)
 
 
+def test_one_row_of_any_stride(device, way):
+    x, ends, a, b, dy = problem((0, 1), (16, 24, 8), device, torch.bfloat16)
+    expected = reference(x, ends, a, b, torch.ones_like(dy))
+    row = torch.cat([x, x], dim=1).detach()[:, 3:19].as_strided((1, 16), (5, 1), 16)
+    row.requires_grad_()
+    y = grouped_lora(row, ends, a, b, SCALING)
+    gradients = torch.autograd.grad(y, (row, a, b), y.new_ones(()).expand(1, 24))
+    assert_close((y, *gradients), expected, torch.bfloat16)
+
+
 def test_no_rows_and_no_groups(device, way):
     x, ends, a, b, dy = problem((0, 0), (16, 24, 8), device)
     y = grouped_lora(x, ends, a, b, SCALING)

@@ -148,6 +148,8 @@ def test_dropout_drops_the_input_of_the_adapters(tmp_path):
     loaded = PeftModel.from_pretrained(quantized("mixtral"), tmp_path, is_trainable=True)
     assert {m.lora_dropout["default"].p for m in wrappers_in(loaded)} == {0.5}
     assert torch.equal(logits(loaded.eval()), logits(plain))
+    with pytest.raises(ValueError, match="does not work with lora_dropout"):
+        PeftModel.from_pretrained(dense_twin(quantized("mixtral")), tmp_path)
     loaded.add_adapter("second", LoraConfig(**PARAMETERS, lora_dropout=0.25))
     assert {m.lora_dropout["second"].p for m in wrappers_in(loaded)} == {0.25}
     assert loaded.peft_config["second"].lora_dropout == 0.25
