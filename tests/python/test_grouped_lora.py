@@ -326,6 +326,30 @@ def test_a_layer_with_adapters_compiles_in_one_graph(device):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("how", ["autocast", "compute_dtype"])
+def test_products_run_in_the_dtype_of_the_base_product(how):
+    layer, arguments, trained = adapted_layer()
+    layer.eval()
+    for adapters in layer.adapters.values():
+        adapters[0].dropout.eval()
+    exact = layer(*arguments)
+    expected = torch.autograd.grad(exact.square().sum(), trained)
+    seen = []
+    if how == "compute_dtype":
+        layer.compute_dtype = torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        for adapters in layer.adapters.values():
+            adapters[0].dropout.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
+        y = layer(*arguments)
+    gradients = torch.autograd.grad(y.square().sum(), trained)
+    assert torch.bfloat16 in seen
+    assert y.dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert not torch.equal(y, exact)
+    for got, wanted in zip((y, *gradients), (exact, *expected), strict=True):
+        assert (got - wanted).norm() < 0.03 * wanted.norm()
+
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
