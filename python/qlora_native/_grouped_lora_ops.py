@@ -94,6 +94,8 @@ def _check(x: Tensor, group_ends: Tensor, a: Tensor, b: Tensor, features: str) -
             "in_features] and [groups, out_features, r]"
         )
     _checks.check_groups(what, x, group_ends, (a.shape[0], b.shape[1], a.shape[2]), features)
+    if a.shape[0] == 0 and x.shape[0] > 0:
+        raise ValueError(f"{what} has {x.shape[0]} rows, but there is no group")
     for name, factor in (("A", a), ("B", b)):
         if not factor.is_floating_point():
             raise TypeError(f"{name} is {factor.dtype}, expected a floating dtype")

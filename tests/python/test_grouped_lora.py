@@ -209,6 +209,8 @@ def test_wrong_arguments_are_named():
     for bad in ([3, 2, 12], [-1, 3, 12], [5, 13, 12]):
         with pytest.raises(ValueError, match=r"group \d ends at row -?\d+, after \d+, of 12 rows"):
             grouped_lora(x, torch.tensor(bad), a, b, SCALING)
+    with pytest.raises(ValueError, match="x has 12 rows, but there is no group"):
+        grouped_lora(x, ends[:0], a[:0], b[:0], SCALING)
     with pytest.raises(ValueError, match="the last group ends at row 11 of 12 rows"):
         grouped_lora(x, torch.tensor([5, 5, 11]), a, b, SCALING)
     with pytest.raises(ValueError, match=r"t is None, expected \(12, 8\) torch.float32"):
