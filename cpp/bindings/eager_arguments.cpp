@@ -88,13 +88,11 @@ bool read_packed(const Torch& torch, nb::handle tensor, EagerWeight* out) {
   return true;
 }
 
-/// A matrix beside `weight` whose rows are contiguous, of `dtype` or fp32.
-bool read_factor(const Torch& torch, nb::handle tensor, const EagerWeight& weight, qn::DType dtype,
-                 qn::MatrixView* out) {
+/// A matrix on `device` whose rows are contiguous.
+bool read_rows(const Torch& torch, nb::handle tensor, dlpack::Device device, qn::MatrixView* out) {
   dlpack::Tensor described;
   if (!torch.describe(tensor, &described) || !float_dtype_of(described.dtype, &out->dtype) ||
-      (out->dtype != dtype && out->dtype != qn::DType::kFloat32) ||
-      described.device != weight.device || described.ndim != 2 || torch.is_negated(tensor)) {
+      described.device != device || described.ndim != 2 || torch.is_negated(tensor)) {
     return false;
   }
   const int64_t rows = described.shape[0];
@@ -104,8 +102,15 @@ bool read_factor(const Torch& torch, nb::handle tensor, const EagerWeight& weigh
   out->rows = rows;
   out->cols = cols;
   out->row_stride = rows > 1 ? described.strides[0] : cols;
-  out->device = weight.view.device;
+  out->device = device_of(device);
   return out->row_stride >= cols;
+}
+
+/// A matrix beside `weight` whose rows are contiguous, of `dtype` or fp32.
+bool read_factor(const Torch& torch, nb::handle tensor, const EagerWeight& weight, qn::DType dtype,
+                 qn::MatrixView* out) {
+  return read_rows(torch, tensor, weight.device, out) &&
+         (out->dtype == dtype || out->dtype == qn::DType::kFloat32);
 }
 
 /// fp32 values kept as bytes.
@@ -115,6 +120,25 @@ bool read_raw_floats(const Torch& torch, nb::handle tensor, int64_t count, dlpac
   if (!read_array(torch, tensor, kUint8, kFloatBytes * count, device, &bytes)) return false;
   *data = reinterpret_cast<const float*>(bytes);
   return reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0;
+}
+
+/// The parts of a weight of known shape as nn.Linear4bit keeps them.
+bool read_raw_parts(const Torch& torch, nb::handle packed, nb::handle absmax_object,
+                    nb::handle absmax2_object, EagerWeight* out) {
+  if (!read_packed(torch, packed, out)) return false;
+  const int64_t blocks = qn::num_blocks(out->view.numel(), out->view.block_size);
+  const int64_t groups = qn::num_groups(blocks);
+  qn::Absmax& absmax = out->view.absmax;
+  const dlpack::Device device = out->device;
+  if (absmax2_object.is_none()) {
+    return read_raw_floats(torch, absmax_object, blocks, device, &absmax.values);
+  }
+  if (!read_array(torch, absmax_object, kUint8, blocks, device, &absmax.codes) ||
+      !read_raw_floats(torch, absmax2_object, groups + 1, device, &absmax.absmax2)) {
+    return false;
+  }
+  absmax.offset = absmax.absmax2 + groups;
+  return true;
 }
 
 }  // namespace
@@ -148,30 +172,30 @@ bool read_layer(const Torch& torch, const LayerObjects& objects, EagerWeight* ou
   out->owned = {parameter(Torch::Name::kWeight), parameter(Torch::Name::kWeightAbsmax),
                 parameter(Torch::Name::kWeightAbsmax2)};
   *bias = parameter(Torch::Name::kBias);
-  const nb::handle packed = out->owned[0];
-  const nb::handle absmax_object = out->owned[1];
-  const nb::handle absmax2_object = out->owned[2];
   // A missing parameter is elsewhere: computed from others, say.
-  if (!packed || !absmax_object || !absmax2_object || !*bias) return false;
+  if (!out->owned[0] || !out->owned[1] || !out->owned[2] || !*bias) return false;
   if (objects.rows < 0 || objects.cols < 0 ||
-      !set_shape({{objects.rows, objects.cols}, 2}, objects.block_size, out) ||
-      !read_packed(torch, packed, out)) {
+      !set_shape({{objects.rows, objects.cols}, 2}, objects.block_size, out)) {
     return false;
   }
-  const int64_t blocks = qn::num_blocks(out->view.numel(), objects.block_size);
-  const int64_t groups = qn::num_groups(blocks);
-  qn::Absmax& absmax = out->view.absmax;
-  const dlpack::Device device = out->device;
-  if (absmax2_object.is_none()) {
-    if (!read_raw_floats(torch, absmax_object, blocks, device, &absmax.values)) return false;
-  } else {
-    if (!read_array(torch, absmax_object, kUint8, blocks, device, &absmax.codes) ||
-        !read_raw_floats(torch, absmax2_object, groups + 1, device, &absmax.absmax2)) {
-      return false;
-    }
-    absmax.offset = absmax.absmax2 + groups;
+  return read_raw_parts(torch, out->owned[0], out->owned[1], out->owned[2], out) &&
+         set_codebook(torch, objects.quant_type, objects.codebook, out);
+}
+
+bool read_weight_tuple(const Torch& torch, nb::handle objects, EagerWeight* out) {
+  if (!PyTuple_Check(objects.ptr())) return false;
+  const Py_ssize_t count = PyTuple_Size(objects.ptr());
+  const auto item = [&](Py_ssize_t i) { return nb::handle(PyTuple_GetItem(objects.ptr(), i)); };
+  if (count == 8) {
+    return read_weight(
+        torch, {item(0), item(1), item(2), item(3), item(4), item(5), item(6), item(7)}, out);
   }
-  return set_codebook(torch, objects.quant_type, objects.codebook, out);
+  Shape shape;
+  int64_t block_size = 0;
+  return count == 7 && read_shape(item(3), &shape) && read_size(item(4), &block_size) &&
+         set_shape(shape, block_size, out) &&
+         read_raw_parts(torch, item(0), item(1), item(2), out) &&
+         set_codebook(torch, item(5), item(6), out);
 }
 
 bool read_activation(const Torch& torch, nb::handle tensor, const EagerWeight& weight,
@@ -203,6 +227,12 @@ bool read_activation(const Torch& torch, nb::handle tensor, const EagerWeight& w
   out->row_stride = row_stride;
   out->device = weight.view.device;
   return true;
+}
+
+bool read_matrix(const Torch& torch, nb::handle tensor, const EagerWeight& weight, qn::DType dtype,
+                 int64_t rows, int64_t cols, qn::MatrixView* out) {
+  return read_rows(torch, tensor, weight.device, out) && out->dtype == dtype && out->rows == rows &&
+         out->cols == cols;
 }
 
 bool read_bias(const Torch& torch, nb::handle tensor, const EagerWeight& weight, qn::DType dtype,

@@ -39,6 +39,10 @@ struct EagerWeight {
 
 bool read_weight(const Torch& torch, const WeightObjects& objects, EagerWeight* out);
 
+/// A weight as one tuple: what `WeightObjects` names or, as nn.Linear4bit keeps it, (weight,
+/// weight_absmax, weight_absmax2 or None, shape, block_size, quant_type, codebook).
+bool read_weight_tuple(const Torch& torch, nanobind::handle objects, EagerWeight* out);
+
 /// What nn.Linear4bit keeps: a dict of parameters whose fp32 parts are bytes, absmax2's with the
 /// offset's at the end. Another thread may replace parameters during the call.
 struct LayerObjects {
@@ -53,6 +57,11 @@ bool read_layer(const Torch& torch, const LayerObjects& objects, EagerWeight* ou
 /// Activations for `weight`: rows of `features` elements, at least two.
 bool read_activation(const Torch& torch, nanobind::handle tensor, const EagerWeight& weight,
                      int64_t features, dlpack::Tensor* described, qlora_native::MatrixView* out);
+
+/// A matrix of `rows` x `cols` elements of `dtype` beside `weight`, whose rows are contiguous.
+bool read_matrix(const Torch& torch, nanobind::handle tensor, const EagerWeight& weight,
+                 qlora_native::DType dtype, int64_t rows, int64_t cols,
+                 qlora_native::MatrixView* out);
 
 /// A bias for `weight` of the dtype of `x`. None gives none.
 bool read_bias(const Torch& torch, nanobind::handle tensor, const EagerWeight& weight,

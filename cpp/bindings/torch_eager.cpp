@@ -21,9 +21,9 @@ nb::object tuple_of(std::span<const int64_t> values) {
   return tuple;
 }
 
-/// Calls with at most three arguments. Throws what Python raises.
+/// Calls with at most four arguments. Throws what Python raises.
 nb::object call(nb::handle function, std::initializer_list<nb::handle> arguments) {
-  PyObject* objects[4] = {};
+  PyObject* objects[5] = {};
   size_t count = 0;
   for (const nb::handle argument : arguments) objects[++count] = argument.ptr();
   PyObject* const result = PyObject_Vectorcall(function.ptr(), objects + 1,
@@ -76,6 +76,8 @@ Torch::Torch(const TorchFunctions& functions)
       num_threads_(functions.num_threads),
       cpu_device_(functions.device("cpu")),
       empty_keywords_(nb::make_tuple("dtype", "device")),
+      addmm_keywords_(nb::make_tuple("beta", "alpha", "out")),
+      beta_{nb::int_(0), nb::int_(1)},
       level_name_(interned("_current_level")),
       requires_grad_name_(interned("requires_grad")),
       names_{interned("weight"), interned("weight_absmax"), interned("weight_absmax2"),
@@ -191,6 +193,55 @@ nb::object Torch::linear(nb::handle x, nb::handle weight, nb::handle bias) const
 
 nb::object Torch::matmul(nb::handle a, nb::handle b) const {
   return call(functions_.matmul, {a, b});
+}
+
+nb::object Torch::linear_of_rows(nb::handle x, nb::handle weight) const {
+  return call(functions_.linear_of_rows, {x, weight});
+}
+
+nb::object Torch::mm(nb::handle a, nb::handle b) const { return call(functions_.mm, {a, b}); }
+
+nb::object Torch::addmm(nb::handle input, nb::handle a, nb::handle b, float alpha, bool adds,
+                        nb::handle out) const {
+  const nb::object factor = nb::float_(alpha);
+  PyObject* const arguments[] = {
+      nullptr, input.ptr(), a.ptr(), b.ptr(), beta_[adds ? 1 : 0].ptr(), factor.ptr(), out.ptr()};
+  PyObject* const result =
+      PyObject_Vectorcall(functions_.addmm.ptr(), arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET,
+                          addmm_keywords_.ptr());
+  if (result == nullptr) nb::raise_python_error();
+  return nb::steal(result);
+}
+
+void Torch::add(nb::handle to, nb::handle tensor) const { call(functions_.add, {to, tensor}); }
+
+nb::object Torch::sum_of_rows(nb::handle matrix) const {
+  return call(functions_.sum, {matrix, nb::int_(0)});
+}
+
+nb::object Torch::as_matrix(nb::handle tensor, int64_t rows, int64_t cols) const {
+  return call(functions_.view, {tensor, nb::int_(rows), nb::int_(cols)});
+}
+
+nb::object Torch::transposed(nb::handle matrix) const {
+  return call(functions_.transpose, {matrix});
+}
+
+nb::object Torch::narrowed(nb::handle matrix, int dimension, int64_t start, int64_t length) const {
+  return call(functions_.narrow, {matrix, nb::int_(dimension), nb::int_(start), nb::int_(length)});
+}
+
+nb::object Torch::cast(nb::handle tensor, qn::DType dtype) const {
+  return call(functions_.to, {tensor, float_dtypes_[static_cast<size_t>(dtype)]});
+}
+
+nb::object Torch::stacked(const nb::list& matrices) const {
+  return call(functions_.cat, {matrices});
+}
+
+void* Torch::address(nb::handle tensor) const {
+  dlpack::Tensor described;
+  return describe(tensor, &described) ? described.data : nullptr;
 }
 
 nb::object Torch::empty_of(std::span<const int64_t> shape, nb::handle dtype, qn::Device device) {

@@ -46,9 +46,19 @@ struct TorchFunctions {
   nanobind::object device;          ///< (type, index) -> torch.device
   nanobind::sequence float_dtypes;  ///< in the order of qlora_native::DType
   nanobind::object uint8;
-  nanobind::object codebook;  ///< (quant_type, values) -> _C.Codebook
-  nanobind::object linear;    ///< (x, weight, bias)
-  nanobind::object matmul;    ///< (a, b)
+  nanobind::object codebook;        ///< (quant_type, values) -> _C.Codebook
+  nanobind::object linear;          ///< (x, weight, bias)
+  nanobind::object matmul;          ///< (a, b)
+  nanobind::object linear_of_rows;  ///< (x, weight)
+  nanobind::object mm;              ///< (a, b)
+  nanobind::object addmm;           ///< (input, a, b, beta=, alpha=, out=)
+  nanobind::object add;             ///< of a tensor, in place
+  nanobind::object cat;             ///< (tensors)
+  nanobind::object sum;             ///< (tensor, dimension)
+  nanobind::object narrow;          ///< of a tensor: (dimension, start, length)
+  nanobind::object to;              ///< of a tensor: (dtype)
+  nanobind::object transpose;       ///< of a matrix
+  nanobind::object view;            ///< of a tensor: (rows, cols)
 };
 
 /// Nothing here raises for an argument of the wrong kind: it answers "no", and the caller leaves
@@ -93,6 +103,26 @@ class Torch {
   /// torch's products of tensors. They throw torch's exceptions.
   nanobind::object linear(nanobind::handle x, nanobind::handle weight, nanobind::handle bias) const;
   nanobind::object matmul(nanobind::handle a, nanobind::handle b) const;
+  /// x W^T, and a b; matrices.
+  nanobind::object linear_of_rows(nanobind::handle x, nanobind::handle weight) const;
+  nanobind::object mm(nanobind::handle a, nanobind::handle b) const;
+  /// alpha * a b, plus `input` if it `adds`; to `out`, which may be `input`, or None. Matrices.
+  /// Without `out` it is one of what autocast casts, as the above are; with it, it is not.
+  nanobind::object addmm(nanobind::handle input, nanobind::handle a, nanobind::handle b,
+                         float alpha, bool adds, nanobind::handle out) const;
+  void add(nanobind::handle to, nanobind::handle tensor) const;
+  nanobind::object sum_of_rows(nanobind::handle matrix) const;
+
+  /// torch's views and copies. They throw torch's exceptions.
+  nanobind::object as_matrix(nanobind::handle tensor, int64_t rows, int64_t cols) const;
+  nanobind::object transposed(nanobind::handle matrix) const;
+  nanobind::object narrowed(nanobind::handle matrix, int dimension, int64_t start,
+                            int64_t length) const;
+  nanobind::object cast(nanobind::handle tensor, qlora_native::DType dtype) const;
+  nanobind::object stacked(const nanobind::list& matrices) const;
+
+  /// Where a tensor of ours is; null when that cannot be told.
+  void* address(nanobind::handle tensor) const;
 
  private:
   nanobind::object empty_of(std::span<const int64_t> shape, nanobind::handle dtype,
@@ -111,6 +141,8 @@ class Torch {
   nanobind::object cpu_device_;
   std::vector<nanobind::object> cuda_devices_;
   nanobind::object empty_keywords_;
+  nanobind::object addmm_keywords_;
+  std::array<nanobind::object, 2> beta_;
   nanobind::object level_name_;
   nanobind::object requires_grad_name_;
   std::array<nanobind::object, 4> names_;

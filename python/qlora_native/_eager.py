@@ -24,11 +24,32 @@ is_traced = torch.compiler.is_dynamo_compiling
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """torch's linear; the result is no view, to which autograd forbids adding in place."""
+    """torch's linear, which autocast leaves alone.
+
+    The result is no view, to which autograd forbids adding in place.
+    """
+    if torch._C._is_any_autocast_enabled():
+        # Products into given memory are none that autocast casts.
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        out = y.view(-1, weight.shape[0])
+        torch.addmm(
+            out if bias is None else bias, x.reshape(-1, x.shape[-1]), weight.t(),
+            beta=int(bias is not None), out=out,
+        )  # fmt: skip
+        return y
     if bias is None or x.dim() < 3 or x.numel() == 0:
         return torch.nn.functional.linear(x, weight, bias)
     y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
+def _matmul(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """torch's product, which autocast leaves alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return torch.matmul(dy, weight)
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
+    torch.mm(dy.reshape(-1, dy.shape[-1]), weight, out=dx.view(-1, weight.shape[1]))
+    return dx
 
 
 def make(exchange_api: object) -> _C.EagerOps:
@@ -54,7 +75,17 @@ def make(exchange_api: object) -> _C.EagerOps:
         uint8=torch.uint8,
         codebook=_checks.codebook,
         linear=_linear,
-        matmul=torch.matmul,
+        matmul=_matmul,
+        linear_of_rows=torch._C._nn.linear,
+        mm=torch.mm,
+        addmm=torch.addmm,
+        add=torch.Tensor.add_,
+        cat=torch.cat,
+        sum=torch.sum,
+        narrow=torch.Tensor.narrow,
+        to=torch.Tensor.to,
+        transpose=torch.Tensor.t,
+        view=torch.Tensor.view,
     )
 
 
@@ -79,6 +110,15 @@ def _is_plain(*tensors: torch.Tensor | None) -> bool:
 is_plain = OPS.is_plain if OPS.has_exchange_api else _is_plain
 """Whether nothing wants to see operators, and each tensor is what its memory on a CPU or a CUDA
 device holds: the operator's kernel may then be called by itself, if no gradient is needed."""
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """Return x as torch's linear would take it."""
+    device_type = x.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    if autocast and x.dtype.is_floating_point:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -62,7 +62,7 @@ class LinearLora(torch.autograd.Function):
         x: torch.Tensor, rng: torch.Tensor | None, dropout_p: float, *flat: Any
     ) -> tuple[torch.Tensor, ...]:
         bias, layers = _unflat(flat)
-        return tuple(_forward(x, rng, dropout_p, bias, layers))
+        return tuple(forward(x, rng, dropout_p, bias, layers))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -93,43 +93,66 @@ class LinearLora(torch.autograd.Function):
             )
             for i, (scaling, rest) in enumerate(zip(ctx.scaling, ctx.formats, strict=True))
         ]
-        count = len(layers)
-        given = next((grad for grad in grads[:count] if grad is not None), None)
-        if given is None:  # nothing behind the outputs had a gradient
-            return (None,) * (3 + count * _PER_LAYER)
-        dy = [
-            given.new_zeros(*ctx.leading, layer.b.shape[0]) if grad is None else grad
-            for grad, layer in zip(grads[:count], layers, strict=True)
-        ]
-        needs_x, needs_layers = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        wants_bias, wants_a, wants_b = (needs_layers[i::_PER_LAYER] for i in range(3))
-        results = iter(())
-        if needs_x or any(wants_a) or any(wants_b):
-            arguments = (dy, x, t, rng, ctx.dropout_p, needs_x, list(wants_a), list(wants_b))
-            operator = _ops.linear_4bit_lora_backward
-            results = iter(_run(_lora_ops.backward, operator, [*dy, x, t], arguments, layers))
-        dx = next(results) if needs_x else None
-        da = [next(results) if wants else None for wants in wants_a]
-        db = [next(results) if wants else None for wants in wants_b]
+        needs = ctx.needs_input_grad
+        wants = [needs[3 + i :: _PER_LAYER] for i in range(3)]
+        dx, *parts = gradients(
+            grads[:-1], x, t, rng, ctx.dropout_p, needs[0], wants, layers, ctx.leading
+        )
         rest = [None] * (_PER_LAYER - 3)
-        flat = []
-        for i in range(count):
-            dbias = dy[i].reshape(-1, dy[i].shape[-1]).sum(0) if wants_bias[i] else None
-            flat += [dbias, da[i], db[i], *rest]
+        flat = [part for each in zip(*parts, strict=True) for part in (*each, *rest)]
         return (dx, None, None, *flat)
 
 
-# As `_autograd._apply_linear_4bit`.
-_apply_linear_lora = super(torch.autograd.Function, LinearLora).apply
+def gradients(
+    grads: Sequence[torch.Tensor | None],
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    dropout_p: float,
+    wants_dx: bool,
+    wants: Sequence[Sequence[bool]],
+    layers: Sequence[Layer],
+    leading: Sequence[int],
+) -> tuple[torch.Tensor | None, list[Any], list[Any], list[Any]]:
+    """Return dx, and the lists of those of biases, A and B; None for what is not wanted.
+
+    Args:
+        grads: of every output, None for zeros.
+        wants: which gradients of biases, A and B to compute.
+        leading: the shape of the outputs but for their last dimension.
+    """
+    wants_bias, wants_a, wants_b = map(list, wants)
+    given = next((grad for grad in grads if grad is not None), None)
+    if given is None:  # nothing behind the outputs had a gradient
+        nothing = [None] * len(layers)
+        return None, nothing, nothing, nothing
+    dy = [
+        given.new_zeros(*leading, layer.b.shape[0]) if grad is None else grad
+        for grad, layer in zip(grads, layers, strict=True)
+    ]
+    results = iter(())
+    if wants_dx or any(wants_a) or any(wants_b):
+        arguments = (dy, x, t, rng, dropout_p, wants_dx, wants_a, wants_b)
+        operator = _ops.linear_4bit_lora_backward
+        results = iter(_run(_lora_ops.backward, operator, [*dy, x, t], arguments, layers))
+    dx = next(results) if wants_dx else None
+    da = [next(results) if one else None for one in wants_a]
+    db = [next(results) if one else None for one in wants_b]
+    dbias = [
+        one.reshape(-1, one.shape[-1]).sum(0) if is_wanted else None
+        for one, is_wanted in zip(dy, wants_bias, strict=True)
+    ]
+    return dx, dbias, da, db
 
 
-def _forward(
+def forward(
     x: torch.Tensor,
     rng: torch.Tensor | None,
     dropout_p: float,
     bias: Sequence[torch.Tensor | None],
     layers: Sequence[Layer],
 ) -> list[torch.Tensor]:
+    """Return y of every layer, and t; no gradients."""
     arguments = (x, rng, dropout_p, list(bias))
     return _run(_lora_ops.forward, _ops.linear_4bit_lora, [x, *bias], arguments, layers)
 
@@ -144,10 +167,8 @@ def linear_4bit_lora(
     """Return y of every layer: the operator, differentiable in x and every bias, A and B."""
     seen = [x, *bias, *_tensors(layers)]
     if not needs_grad(*seen):
-        return _forward(x, rng, dropout_p, bias, layers)[:-1]
+        return forward(x, rng, dropout_p, bias, layers)[:-1]
     flat = _flat(bias, layers)
-    if not _eager.is_traced() and _eager.is_plain(*seen):
-        return list(_apply_linear_lora(x, rng, dropout_p, *flat)[:-1])
     return list(LinearLora.apply(x, rng, dropout_p, *flat)[:-1])
 
 

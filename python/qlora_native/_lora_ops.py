@@ -43,13 +43,14 @@ def _check_layers(
             raise ValueError(f"scaling is {layer.scaling}, expected a finite number")
 
 
-_NO_DROPOUT = _C.Dropout.make(p=0.0, seed=0, offset=0)
+NO_DROPOUT = _C.Dropout.make(p=0.0, seed=0, offset=0)
+"""What `host_dropout` returns where nothing is dropped."""
 
 
-def _dropout(p: float, rng: torch.Tensor | None) -> _C.Dropout:
+def host_dropout(p: float, rng: torch.Tensor | None) -> _C.Dropout:
     """Return the dropout of probability `p` with the seed and offset in `rng`, on the host."""
     if rng is None:
-        return _NO_DROPOUT
+        return NO_DROPOUT
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "linear_4bit_lora cannot drop while a CUDA graph is captured: its seed and offset are "
@@ -81,7 +82,7 @@ def _is_torchs(op: str, x: torch.Tensor, dropout: _C.Dropout) -> bool:
 
     The core would say so too (`<pass>_plan`); asking it takes the host as long as the product.
     """
-    return dropout is _NO_DROPOUT and not _C.forced_kernel(op, x.device.type)
+    return dropout is NO_DROPOUT and not _C.forced_kernel(op, x.device.type)
 
 
 def _run_pass(
@@ -172,13 +173,13 @@ def forward(
     results = _empty_results(x, rng, dropout_p, bias, layers)
     *outputs, t = results
     rows, row_stride = _library.as_rows(x, x.shape[-1])
-    dropout = _dropout(dropout_p, rng)
+    dropout = host_dropout(dropout_p, rng)
     _project(rows, all_a(layers, x.dtype), False, 1.0, dropout, t)
     for y, one_bias, layer, ranks in zip(outputs, bias, layers, rank_slices(layers), strict=True):
         y = y.view(rows.shape[0], y.shape[-1])
         one_bias = None if one_bias is None else one_bias.contiguous()
         _library.product(rows, row_stride, one_bias, weight_of(layer), y)
-        _update(t[:, ranks], layer.b, False, layer.scaling, _NO_DROPOUT, y)
+        _update(t[:, ranks], layer.b, False, layer.scaling, NO_DROPOUT, y)
     return results
 
 
@@ -213,13 +214,13 @@ def backward(
     """Compute the operator `linear_4bit_lora_backward` on a CPU or a CUDA device."""
     _check_backward(dy, x, t, rng, dropout_p, wants_da, wants_db, layers)
     slices = rank_slices(layers)
-    dropout = _dropout(dropout_p, rng)
+    dropout = host_dropout(dropout_p, rng)
     rows = [_rows(one, one.shape[-1]) for one in dy]
     grads = []
     if wants_dx or any(wants_da):
         u = rows[0].new_empty(rows[0].shape[0], slices[-1].stop)
         for one, layer, ranks in zip(rows, layers, slices, strict=True):
-            _project(one, layer.b, True, layer.scaling, _NO_DROPOUT, u[:, ranks])
+            _project(one, layer.b, True, layer.scaling, NO_DROPOUT, u[:, ranks])
     if wants_dx:
         dx = dy[0].new_empty(*dy[0].shape[:-1], layers[0].a.shape[1])
         out = dx.view(rows[0].shape[0], dx.shape[-1])
@@ -241,7 +242,7 @@ def backward(
             grads += [torch.empty_like(layers[i].a).copy_(grad[slices[i]]) for i in wanted]
     for one, layer, ranks, wants in zip(rows, layers, slices, wants_db, strict=True):
         if wants:
-            grads.append(_gradient(t[:, ranks], one, True, layer.scaling, _NO_DROPOUT, layer.b))
+            grads.append(_gradient(t[:, ranks], one, True, layer.scaling, NO_DROPOUT, layer.b))
     return grads
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -41,6 +42,34 @@ def stream_and_threads(device: torch.device) -> int:
 def address(tensor: torch.Tensor | None) -> int:
     """Return where a tensor's elements are, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def as_fp32(raw: torch.Tensor) -> torch.Tensor:
+    """The fp32 values whose bytes a uint8 tensor holds in its last dimension."""
+    # Misaligned only when put in place around register_parameter. The compiler cannot trace the
+    # question, and checks the alignment of its inputs itself.
+    if not torch.compiler.is_compiling() and raw.storage_offset() % 4:
+        raw = raw.clone()
+    return raw.view(torch.float32)
+
+
+def operator_parts(weight: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the eight arguments by which every operator takes a 4-bit weight.
+
+    Args:
+        weight: these, or what nn.Linear4bit keeps: weight, weight_absmax, weight_absmax2 or None,
+            shape, block_size, quant_type, codebook.
+    """
+    if len(weight) == 8:
+        return weight
+    packed, absmax, absmax2, *rest = weight
+    offset = None
+    if absmax2 is None:
+        absmax = as_fp32(absmax)
+    else:
+        constants = as_fp32(absmax2)
+        absmax2, offset = constants[:-1], constants[-1]
+    return (packed.view(-1), absmax, absmax2, offset, *rest)
 
 
 class Weight:

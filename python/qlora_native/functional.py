@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qlora_native import _autograd, _checks, _eager, _lora_autograd
+from qlora_native import _autograd, _checks, _eager, _lora_eager
 from qlora_native._checks import QUANT_TYPES
 from qlora_native._lora_layers import Layer
 
@@ -218,15 +218,6 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> tor
     return _eager.dequantize_4bit(*_weight_arguments(q), dtype or q.dtype)
 
 
-def _autocast(x: torch.Tensor) -> torch.Tensor:
-    """Return x as torch's linear would take it."""
-    device_type = x.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast and x.dtype.is_floating_point:
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
-
-
 def linear_4bit(
     x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -255,7 +246,7 @@ def linear_4bit(
         )  # fmt: skip
         if y is not None:
             return y
-    x = _autocast(x)
+    x = _eager.autocast(x)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     return _autograd.linear_4bit(x, bias, *_weight_arguments(q))
@@ -289,7 +280,7 @@ def grouped_linear_4bit(
             ascend; the message holds them. A GPU takes an end that is out of order for the nearest
             that is not.
     """
-    x = _autocast(x)
+    x = _eager.autocast(x)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     return _autograd.grouped_linear_4bit(x, group_ends, bias, *_weight_arguments(stack))
@@ -331,10 +322,13 @@ def linear_4bit_lora(
         RuntimeError: dropout while a CUDA graph is captured, which would repeat one mask for ever.
     """
     if dropout_p == 0.0 and not _is_traced():
-        y = _run_linear_4bit_lora(
-            x, bias, a, b, scaling, q.packed, q.absmax, q.absmax2, q.offset, q.shape, q.block_size,
-            q.quant_type, q.codebook,
-        )  # fmt: skip
+        if _lora_eager.needs_grad(x, bias, a, b):
+            y = _lora_eager.linear_4bit_lora(x, bias, a, b, scaling, _weight_arguments(q))
+        else:
+            y = _run_linear_4bit_lora(
+                x, bias, a, b, scaling, q.packed, q.absmax, q.absmax2, q.offset, q.shape,
+                q.block_size, q.quant_type, q.codebook,
+            )  # fmt: skip
         if y is not None:
             return y
     return linear_4bit_lora_group(
@@ -365,29 +359,24 @@ def linear_4bit_lora_group(
     """
     if not layers:
         raise ValueError("there is no layer")
-    x = _autocast(x)
+    x = _eager.autocast(x)
     biases = [None] * len(layers) if biases is None else list(biases)
     if len(biases) != len(layers):
         raise ValueError(f"{len(biases)} biases are given for {len(layers)} layers")
     _checks.float_dtype_code("x", x.dtype)
     rng = _draw(x, generator) if dropout_p > 0.0 else None
     return tuple(
-        _lora_autograd.linear_4bit_lora(
+        _lora_eager.linear_4bit_lora_group(
             x,
             rng,
             dropout_p,
             [None if bias is None else bias.to(x.dtype) for bias in biases],
             [
-                Layer(_factor(a, x), _factor(b, x), float(scaling), _weight_arguments(q))
+                Layer(_lora_eager.factor(a, x), _lora_eager.factor(b, x), float(scaling), _weight_arguments(q))
                 for q, a, b, scaling in layers
             ],
         )
     )
-
-
-def _factor(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return a factor of an adapter in a dtype that the core takes beside x."""
-    return factor if factor.dtype in (x.dtype, torch.float32) else factor.to(x.dtype)
 
 
 def _draw(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

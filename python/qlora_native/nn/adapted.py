@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_native import _lora_eager
 from qlora_native._eager import OPS, is_traced
 from qlora_native.functional import linear_4bit_lora
 from qlora_native.nn.linear import Linear4bit
 
+_STATE = {"weight", "weight_absmax", "weight_absmax2", "bias"}
 _run_linear_4bit_lora = OPS.linear_4bit_lora_of_layer
 
 
@@ -57,15 +59,30 @@ def _one_operation(base_layer: Linear4bit, x: Tensor, adapter: LowRank) -> Tenso
     a, b, scaling, dropout = adapter
     dropout_p = _probability(dropout)
     if dropout_p == 0.0 and not is_traced() and base_layer.has_plain_weight():
-        y = _run_linear_4bit_lora(
-            x, a, b, scaling, base_layer._parameters, base_layer.out_features,
-            base_layer.in_features, base_layer.block_size, base_layer.quant_type,
-            base_layer.codebook,
-        )  # fmt: skip
+        y = _around_dispatcher(base_layer, x, adapter)
         if y is not None:
             return y
     q, bias = base_layer.quantized_weight(), base_layer.bias
     return linear_4bit_lora(x, q, a, b, scaling, bias=bias, dropout_p=dropout_p)
+
+
+def _around_dispatcher(base_layer: Linear4bit, x: Tensor, adapter: LowRank) -> Tensor | None:
+    a, b, scaling, _ = adapter
+    parameters = base_layer._parameters
+    bias = parameters.get("bias")
+    if not _lora_eager.needs_grad(x, bias, a, b):
+        return _run_linear_4bit_lora(
+            x, a, b, scaling, parameters, base_layer.out_features, base_layer.in_features,
+            base_layer.block_size, base_layer.quant_type, base_layer.codebook,
+        )  # fmt: skip
+    if not _STATE <= parameters.keys():
+        return None  # parametrized: something is computed
+    weight = (
+        parameters["weight"], parameters["weight_absmax"], parameters["weight_absmax2"],
+        (base_layer.out_features, base_layer.in_features), base_layer.block_size,
+        base_layer.quant_type, base_layer.codebook,
+    )  # fmt: skip
+    return _lora_eager.linear_4bit_lora(x, bias, a, b, scaling, weight)
 
 
 def _probability(dropout: nn.Module) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native import _checks, _eager
+from qlora_native._weight import as_fp32
 from qlora_native.functional import QuantizedTensor, dequantize_4bit, linear_4bit, quantize_4bit
 from qlora_native.nn.settings import other_settings, write_settings
 
@@ -373,15 +374,6 @@ def state_of(q: QuantizedTensor) -> dict[str, Tensor]:
     else:
         state["weight_absmax"] = q.absmax.view(torch.uint8)
     return state
-
-
-def as_fp32(raw: Tensor) -> Tensor:
-    """The fp32 values whose bytes a uint8 tensor holds in its last dimension."""
-    # Misaligned only when put in place around register_parameter. The compiler cannot trace the
-    # question, and checks the alignment of its inputs itself.
-    if not torch.compiler.is_compiling() and raw.storage_offset() % 4:
-        raw = raw.clone()
-    return raw.view(torch.float32)
 
 
 def is_misaligned(param: Tensor) -> bool:
