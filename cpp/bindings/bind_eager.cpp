@@ -126,45 +126,10 @@ void bind_eager(nb::module_& m) {
                        "Operations around torch's dispatcher. None: the call has to go through it.")
       .def(
           "__init__",
-          [](EagerOps* self, nb::object exchange_api, nb::sequence tensor_types,
-             nb::sequence observers, nb::object forward_ad, nb::object is_autocast_enabled,
-             nb::object is_grad_enabled, nb::object is_neg, nb::object num_threads,
-             nb::object empty_strided, nb::object device, nb::sequence float_dtypes,
-             nb::object uint8, nb::object codebook, nb::object linear, nb::object matmul,
-             nb::object linear_of_rows, nb::object mm, nb::object addmm, nb::object add,
-             nb::object cat, nb::object sum, nb::object narrow, nb::object to, nb::object transpose,
-             nb::object view) {
-            new (self) EagerOps({exchange_api,
-                                 tensor_types,
-                                 observers,
-                                 forward_ad,
-                                 is_autocast_enabled,
-                                 is_grad_enabled,
-                                 is_neg,
-                                 num_threads,
-                                 empty_strided,
-                                 device,
-                                 float_dtypes,
-                                 uint8,
-                                 codebook,
-                                 linear,
-                                 matmul,
-                                 linear_of_rows,
-                                 mm,
-                                 addmm,
-                                 add,
-                                 cat,
-                                 sum,
-                                 narrow,
-                                 to,
-                                 transpose,
-                                 view});
+          [](EagerOps* self, nb::object functions) {
+            new (self) EagerOps(torch_functions(functions));
           },
-          nb::kw_only(), "exchange_api"_a.none(), "tensor_types"_a, "observers"_a, "forward_ad"_a,
-          "is_autocast_enabled"_a, "is_grad_enabled"_a, "is_neg"_a, "num_threads"_a,
-          "empty_strided"_a, "device"_a, "float_dtypes"_a, "uint8"_a, "codebook"_a, "linear"_a,
-          "matmul"_a, "linear_of_rows"_a, "mm"_a, "addmm"_a, "add"_a, "cat"_a, "sum"_a, "narrow"_a,
-          "to"_a, "transpose"_a, "view"_a)
+          "functions"_a, "Over what torch lends: an object with the attributes of TorchFunctions.")
       .def_prop_ro("has_exchange_api", &EagerOps::has_exchange_api,
                    "Whether operations can run here at all.")
       .def_prop_ro("calls", &EagerOps::calls, "How many operations ran here.")

@@ -67,6 +67,36 @@ nb::object Query::operator()() const {
 
 bool Query::is_true() const { return !is_false((*this)().ptr()); }
 
+TorchFunctions torch_functions(nb::handle lent) {
+  return {
+      .exchange_api = lent.attr("exchange_api"),
+      .tensor_types = lent.attr("tensor_types"),
+      .observers = lent.attr("observers"),
+      .forward_ad = lent.attr("forward_ad"),
+      .is_autocast_enabled = lent.attr("is_autocast_enabled"),
+      .is_grad_enabled = lent.attr("is_grad_enabled"),
+      .is_neg = lent.attr("is_neg"),
+      .num_threads = lent.attr("num_threads"),
+      .empty_strided = lent.attr("empty_strided"),
+      .device = lent.attr("device"),
+      .float_dtypes = lent.attr("float_dtypes"),
+      .uint8 = lent.attr("uint8"),
+      .codebook = lent.attr("codebook"),
+      .linear = lent.attr("linear"),
+      .matmul = lent.attr("matmul"),
+      .linear_of_rows = lent.attr("linear_of_rows"),
+      .mm = lent.attr("mm"),
+      .addmm = lent.attr("addmm"),
+      .add = lent.attr("add"),
+      .cat = lent.attr("cat"),
+      .sum = lent.attr("sum"),
+      .narrow = lent.attr("narrow"),
+      .to = lent.attr("to"),
+      .transpose = lent.attr("transpose"),
+      .view = lent.attr("view"),
+  };
+}
+
 Torch::Torch(const TorchFunctions& functions)
     : api_(find_exchange_api(functions.exchange_api)),
       functions_(functions),

@@ -61,6 +61,9 @@ struct TorchFunctions {
   nanobind::object view;            ///< of a tensor: (rows, cols)
 };
 
+/// The functions that an object has as attributes of these names.
+TorchFunctions torch_functions(nanobind::handle lent);
+
 /// Nothing here raises for an argument of the wrong kind: it answers "no", and the caller leaves
 /// the call to the code that words errors.
 class Torch {

@@ -328,25 +328,11 @@ class EagerOps:
     Operations around torch's dispatcher. None: the call has to go through it.
     """
 
-    def __init__(
-        self,
-        *,
-        exchange_api: object | None,
-        tensor_types: Sequence,
-        observers: Sequence,
-        forward_ad: object,
-        is_autocast_enabled: object,
-        is_grad_enabled: object,
-        is_neg: object,
-        num_threads: object,
-        empty_strided: object,
-        device: object,
-        float_dtypes: Sequence,
-        uint8: object,
-        codebook: object,
-        linear: object,
-        matmul: object,
-    ) -> None: ...
+    def __init__(self, functions: object) -> None:
+        """
+        Over what torch lends: an object with the attributes of TorchFunctions.
+        """
+
     @property
     def has_exchange_api(self) -> bool:
         """Whether operations can run here at all."""
@@ -424,6 +410,18 @@ class EagerOps:
     ) -> object:
         """Over the parameters of nn.Linear4bit, without dropout. Heeds autocast."""
 
+    def lora_forward(self, x: object | None, dropout: Dropout, layers: object) -> object:
+        """y of every layer, and t: see eager_lora.h."""
+
+    def lora_backward(
+        self,
+        dy: object,
+        x: object | None,
+        t: object | None,
+        dropout: Dropout,
+        layers: object,
+        wanted: object,
+    ) -> object: ...
     def linear_4bit_dx(
         self,
         dy: object | None,

@@ -10,6 +10,7 @@ goes the long way, which words the errors.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def _matmul(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def make(exchange_api: object) -> _C.EagerOps:
     """Return the eager operations over a table of DLPack functions; None: all go the long way."""
-    return _C.EagerOps(
+    functions = SimpleNamespace(
         exchange_api=exchange_api,
         tensor_types=(torch.Tensor, torch.nn.Parameter),
         observers=(
@@ -87,6 +88,7 @@ def make(exchange_api: object) -> _C.EagerOps:
         transpose=torch.Tensor.t,
         view=torch.Tensor.view,
     )
+    return _C.EagerOps(functions)
 
 
 OPS = make(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))

@@ -1,8 +1,9 @@
 """Layers with adapters in eager calls that need gradients and that nothing of torch has to see.
 
-The Function of `_lora_autograd` in another form, for what it costs the host: bound to no signature,
-few arguments, and each pass one call of C++ (`_C.EagerOps`), which multiplies by torch's products or
-by the core's kernels. What C++ does not take, where it answers None, goes the other form's way.
+The Function of `_lora_autograd` in another form, for what it costs the host: it is bound to no
+signature, has few arguments, and each pass is one call of C++ (`_C.EagerOps`), which multiplies by
+torch's products or by the core's kernels. What C++ does not take, where it answers None, goes the
+other form's way.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ class EagerLinearLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        # `once_differentiable` costs as much as a product, and is needed for graphs of graphs alone.
-        return (_refusing_gradients if torch.is_grad_enabled() else _gradients)(ctx, *grads)
+        # `once_differentiable` costs as much as a product, and matters to graphs of graphs alone.
+        gradients = _refusing_gradients if torch.is_grad_enabled() else _gradients
+        return gradients(ctx, *grads)
 
 
 def _gradients(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:

@@ -372,7 +372,12 @@ def linear_4bit_lora_group(
             dropout_p,
             [None if bias is None else bias.to(x.dtype) for bias in biases],
             [
-                Layer(_lora_eager.factor(a, x), _lora_eager.factor(b, x), float(scaling), _weight_arguments(q))
+                Layer(
+                    _lora_eager.factor(a, x),
+                    _lora_eager.factor(b, x),
+                    float(scaling),
+                    _weight_arguments(q),
+                )
                 for q, a, b, scaling in layers
             ],
         )

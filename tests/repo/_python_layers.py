@@ -16,6 +16,7 @@ LAYERS = (
     ("_library", "_dense_groups", "_grouped_ops", "_grouped_lora_ops", "_lora_layers", "_lora_ops"),
     ("_eager",),
     ("_autograd", "_grouped_lora", "_lora_autograd"),
+    ("_lora_eager",),
     ("functional", "kernels"),
     ("nn", "optim", "memory"),
     ("checkpoint", "convert", "footprint"),

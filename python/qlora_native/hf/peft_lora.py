@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora_native.hf.peft_dense import Over4bit, dense_base
 from qlora_native.nn import Linear4bit
-from qlora_native.nn.adapted import LowRank, adapted_linear, is_bare
+from qlora_native.nn.adapted import LowRank, adapted_linear, children, is_bare, parameter
 
 _INITS_WITHOUT_WEIGHT = (True, False, None, "gaussian", "eva")
 
@@ -28,7 +28,7 @@ class Linear(Over4bit, LoraLinear):
         adapters = None if args or kwargs else self._plain_adapters()
         if adapters is None:
             return super().forward(x, *args, **kwargs)
-        return adapted_linear(self.base_layer, x, adapters)
+        return adapted_linear(self._modules["base_layer"], x, adapters)
 
     def _plain_adapters(self) -> list[LowRank] | None:
         """The active adapters, or None when one needs more than y + scaling * B A dropout(x)."""
@@ -36,22 +36,24 @@ class Linear(Over4bit, LoraLinear):
             self.disable_adapters
             or self.merged_adapters
             or not self.cast_input_dtype_enabled
-            or not isinstance(self.base_layer, Linear4bit)
+            or not isinstance(self._modules["base_layer"], Linear4bit)
         ):
             return None
         adapters = []
+        lora_a, lora_b = children(self, "lora_A"), children(self, "lora_B")
         for name in self.active_adapters:
-            if name not in self.lora_A:
+            if name not in lora_a:
                 continue
-            a, b = self.lora_A[name], self.lora_B[name]
+            a, b = lora_a[name], lora_b[name]
             if (
                 name in self.lora_variant
-                or b.bias is not None
                 or not (_is_plain(a) and _is_plain(b))
+                or parameter(b, "bias") is not None
             ):
                 return None
-            dropout = self.lora_dropout[name]
-            adapters.append(LowRank(a.weight, b.weight, self.scaling[name], dropout))
+            dropout = children(self, "lora_dropout")[name]
+            a, b = parameter(a, "weight"), parameter(b, "weight")
+            adapters.append(LowRank(a, b, self.scaling[name], dropout))
         return adapters
 
     def update_layer(

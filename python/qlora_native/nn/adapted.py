@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ def adapted_linear(base_layer: nn.Linear, x: Tensor, adapters: Sequence[LowRank]
 
 def _one_operation(base_layer: Linear4bit, x: Tensor, adapter: LowRank) -> Tensor:
     a, b, scaling, dropout = adapter
-    dropout_p = _probability(dropout)
+    dropout_p = 0.0 if type(dropout) is nn.Identity else _probability(dropout)
     if dropout_p == 0.0 and not is_traced() and base_layer.has_plain_weight():
         y = _around_dispatcher(base_layer, x, adapter)
         if y is not None:
@@ -75,8 +75,8 @@ def _around_dispatcher(base_layer: Linear4bit, x: Tensor, adapter: LowRank) -> T
             x, a, b, scaling, parameters, base_layer.out_features, base_layer.in_features,
             base_layer.block_size, base_layer.quant_type, base_layer.codebook,
         )  # fmt: skip
-    if not _STATE <= parameters.keys():
-        return None  # parametrized: something is computed
+    if not parameters.keys() >= _STATE:
+        return None  # some are elsewhere, or computed from others
     weight = (
         parameters["weight"], parameters["weight_absmax"], parameters["weight_absmax2"],
         (base_layer.out_features, base_layer.in_features), base_layer.block_size,
@@ -106,6 +106,17 @@ def _is_one_operation(base_layer: nn.Linear, x: Tensor, adapter: LowRank) -> boo
         # The operation has one derivative and no rule for batches.
         and (is_traced() or not torch._C._are_functorch_transforms_active())
     )
+
+
+def children(module: nn.Module, name: str) -> Mapping[str, nn.Module]:
+    """What the ModuleDict `name` holds: each of nn.Module's lookups takes a microsecond."""
+    return module._modules[name]._modules
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """`getattr(module, name)`, without nn.Module's lookup where it is an ordinary parameter."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.nn.adapted import LowRank, adapted_linear
+from qlora_native.nn.adapted import LowRank, adapted_linear, children, parameter
 from qlora_native.nn.linear import Linear4bit
 
 # Under this key a state dict's metadata says which adapters its base weight contains.
@@ -169,18 +169,22 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]."""
-        adapters = ()
-        if self.adapters_enabled and not self.merged_adapters:
-            adapters = [
-                LowRank(
-                    self.lora_A[name].weight,
-                    self.lora_B[name].weight,
-                    self.settings[name].scaling,
-                    self.lora_dropout[name],
-                )
-                for name in self.active_adapters
-            ]
-        return adapted_linear(self.base_layer, x, adapters)
+        return adapted_linear(self._modules["base_layer"], x, self._adapters_in_use())
+
+    def _adapters_in_use(self) -> Sequence[LowRank]:
+        if self.merged_adapters or not self.adapters_enabled:
+            return ()
+        lora_a, lora_b = children(self, "lora_A"), children(self, "lora_B")
+        dropouts = children(self, "lora_dropout")
+        return [
+            LowRank(
+                parameter(lora_a[name], "weight"),
+                parameter(lora_b[name], "weight"),
+                self.settings[name].scaling,
+                dropouts[name],
+            )
+            for name in self.active_adapters
+        ]
 
     def delta_weight(self, names: str | Sequence[str]) -> Tensor:
         """The fp32 sum over the adapters of scaling * B A: [out_features, in_features]."""
