@@ -25,6 +25,9 @@ BATCHES = 40
 CALLS = 200
 """Fewer than a GPU's queue holds (1024 launches)."""
 
+CHAIN = 16
+"""Layers of a step with adapters."""
+
 
 def host_us(call: Callable[[], object], device: str, batches: int = BATCHES) -> dict[str, float]:
     """Time one call: the median and the least over the batches, in us."""
@@ -104,6 +107,92 @@ def training_calls(w: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], o
     }
 
 
+def adapted_calls(w: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Return steps over CHAIN layers with fp32 adapters of rank 16, forward and backward.
+
+    A backward pass begins once for many layers, so a chain of them shows what one costs. Beside
+    ours: the same products as calls of torch, over the decoded weight, alone and under autograd.
+    """
+    features = w.shape[1]
+    weights = [qn.quantize_4bit(torch.randn_like(w[:1]).expand(features, -1)) for _ in range(CHAIN)]
+    dense = [q.dequantize() for q in weights]
+    modules = []
+    for q in weights:
+        module = qn.nn.LoraLinear(qn.nn.Linear4bit.from_quantized(q))
+        module.add_adapter("default", qn.nn.LoraSettings(r=16, alpha=32))
+        module.set_adapter("default")
+        modules.append(module)
+    adapters = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in modules]
+    x = x.reshape(1, -1, features)
+    leaf = x.detach().clone().requires_grad_()
+    leaves = [leaf, *(factor for pair in adapters for factor in pair)]
+    dy = torch.ones_like(x)
+
+    def gradients(layer: Callable[[int, torch.Tensor], torch.Tensor]) -> object:
+        h = leaf
+        for i in range(CHAIN):
+            h = layer(i, h)
+        return torch.autograd.grad(h, leaves, dy)
+
+    def torch_layer(i: int, h: torch.Tensor) -> torch.Tensor:
+        a, b = (factor.to(h.dtype) for factor in adapters[i])
+        linear = torch.nn.functional.linear
+        return linear(h, dense[i]) + linear(linear(h, a), b) * 2.0
+
+    return {
+        "torch calls, adapted": torch.no_grad()(lambda: torch_step(x, dy, dense, adapters)),
+        "torch autograd, adapted": lambda: gradients(torch_layer),
+        "linear_4bit_lora": lambda: gradients(
+            lambda i, h: qn.linear_4bit_lora(h, weights[i], *adapters[i], 2.0)
+        ),
+        "nn.LoraLinear, forward and backward": lambda: gradients(lambda i, h: modules[i](h)),
+    }
+
+
+def torch_step(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    dense: list[torch.Tensor],
+    adapters: list[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Do what a step over layers with adapters takes at least, as calls of torch; return dx."""
+    kept = []
+    for w, (a, b) in zip(dense, adapters, strict=True):
+        rows = x.view(-1, x.shape[-1])
+        y = torch.nn.functional.linear(x, w)
+        t = torch.nn.functional.linear(rows, a.to(x.dtype))
+        y.view(-1, y.shape[-1]).addmm_(t, b.to(x.dtype).t(), alpha=2.0)
+        kept.append((rows, t))
+        x = y
+    for w, (a, b), (rows, t) in zip(*map(reversed, (dense, adapters, kept)), strict=True):
+        gradient = dy.view(-1, dy.shape[-1])
+        factor = b.to(dy.dtype)
+        u = torch.addmm(t, gradient, factor, beta=0, alpha=2.0)
+        dx = torch.mm(gradient, w).addmm_(u, a.to(dy.dtype))
+        torch.mm(u.t(), rows).to(a.dtype)
+        torch.addmm(factor, gradient.t(), t, beta=0, alpha=2.0).to(b.dtype)
+        dy = dx.view(dy.shape)
+    return dy
+
+
+def interleaved_us(calls: dict[str, Callable[[], object]], device: str) -> dict[str, dict]:
+    """Time calls over a chain of layers in turns, as others may use the machine; us a layer."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for batch in range(BATCHES + 3):
+        for name, call in calls.items():
+            start = time.perf_counter_ns()
+            call()
+            elapsed = time.perf_counter_ns() - start
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if batch >= 3:
+                samples[name].append(elapsed / CHAIN / 1000)
+    return {
+        name: {"median_us": statistics.median(times), "least_us": min(times)}
+        for name, times in samples.items()
+    }
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -129,6 +218,7 @@ def main() -> None:
             results[name] = host_us(call, device, options.batches)
     for name, call in training_calls(w, x).items():
         results[name] = host_us(call, device, options.batches)
+    results |= interleaved_us(adapted_calls(w, x), device)
     if options.json:
         print(json.dumps({"shape": [rows, cols], "m": options.m, "host_us": results}))
         return
