@@ -110,26 +110,25 @@ nb::object EagerLora::backward(nb::handle dy, nb::handle x, nb::handle t,
 
   nb::list results;
   for (Py_ssize_t i = 0; i < PyTuple_Size(wanted.ptr()); ++i) results.append(nb::none());
+  Matrix dx;
   if (wants_dx) {
-    const nb::object dx = products_.linear_dx(item(dy, 0), layers[0].weight);
-    if (dx.is_none()) return dx;
+    const nb::object result = products_.linear_dx(item(dy, 0), layers[0].weight);
+    if (result.is_none()) return result;
+    dx.tensor = torch_.as_matrix(result, like.rows, in_features);
+    dx.view = {
+        torch_.address(result), like.rows, in_features, in_features, like.dtype, like.device};
     for (size_t i = 1; i < layers.size(); ++i) {
-      const nb::object more =
-          products_.linear_dx(item(dy, static_cast<Py_ssize_t>(i)), layers[i].weight);
-      if (more.is_none()) return more;
-      torch_.add(dx, more);
+      if (!products_.add_linear_dx(gradients[i].tensor, layers[i].weight, dx.tensor)) {
+        return nb::none();
+      }
     }
-    results[0] = dx;
+    results[0] = result;
   }
   if (wants_dx || wants_da) {
     const Matrix u = gradient_of_t(gradients, layers, t, ranks);
     if (!u.tensor.is_valid()) return nb::none();
-    if (wants_dx) {
-      qn::MatrixView view = like;
-      view.cols = view.row_stride = in_features;
-      view.data = torch_.address(results[0]);
-      const Matrix out{torch_.as_matrix(results[0], view.rows, view.cols), view};
-      if (!update(u, all_a(layers, like.dtype), true, 1.0f, dropout, out)) return nb::none();
+    if (wants_dx && !update(u, all_a(layers, like.dtype), true, 1.0f, dropout, dx)) {
+      return nb::none();
     }
     if (wants_da) {
       rows.tensor =

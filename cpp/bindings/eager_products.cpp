@@ -76,6 +76,18 @@ nb::object EagerProducts::linear(nb::handle x, nb::handle bias, const EagerWeigh
 }
 
 nb::object EagerProducts::linear_dx(nb::handle dy, const EagerWeight& weight) {
+  return linear_dx(dy, weight, nb::none());
+}
+
+bool EagerProducts::add_linear_dx(nb::handle dy, const EagerWeight& weight, nb::handle dx) {
+  const nb::object result = linear_dx(dy, weight, dx);
+  if (result.is_none()) return false;
+  if (!result.is(dx)) torch_.add(dx, result);
+  return true;
+}
+
+/// A dense product is added to `onto`, which then is the result; any other is a new tensor.
+nb::object EagerProducts::linear_dx(nb::handle dy, const EagerWeight& weight, nb::handle onto) {
   dlpack::Tensor described;
   qn::MatmulTransposedArgs args;
   Output output;
@@ -90,7 +102,9 @@ nb::object EagerProducts::linear_dx(nb::handle dy, const EagerWeight& weight) {
   const qn::MatmulPlan plan = qn::matmul_4bit_transposed_plan(args);
   if (plan.prefers_dense) {
     const nb::object dense = decode(weight, args.dy.dtype);
-    return dense.is_none() ? dense : torch_.matmul(dy, dense);
+    if (dense.is_none()) return dense;
+    return onto.is_none() ? torch_.matmul(dy, dense)
+                          : torch_.addmm(onto, dy, dense, 1.0f, true, onto);
   }
   output.dtype = args.dy.dtype;
   output.device = weight.view.device;

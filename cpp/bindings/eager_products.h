@@ -32,6 +32,8 @@ class EagerProducts {
   nanobind::object linear(nanobind::handle x, nanobind::handle bias, const EagerWeight& weight);
   /// dy W, [..., columns of W].
   nanobind::object linear_dx(nanobind::handle dy, const EagerWeight& weight);
+  /// dx += dy W, of matrices. False where `linear_dx` would be None.
+  bool add_linear_dx(nanobind::handle dy, const EagerWeight& weight, nanobind::handle dx);
   nanobind::object dequantize(const EagerWeight& weight, qlora_native::DType dtype);
   /// `linear` with the adapter's product, without dropout. None where a dense product is faster:
   /// there are many rows then.
@@ -62,6 +64,8 @@ class EagerProducts {
 
  private:
   struct Output;
+
+  nanobind::object linear_dx(nanobind::handle dy, const EagerWeight& weight, nanobind::handle onto);
 
   bool allocate(qlora_native::Device device, qlora_native::Workspace* workspace,
                 nanobind::object* owner);

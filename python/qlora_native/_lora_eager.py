@@ -149,9 +149,13 @@ def linear_4bit_lora_group(
     bias: Sequence[torch.Tensor | None],
     layers: Sequence[Layer],
 ) -> Sequence[torch.Tensor]:
-    """`_lora_autograd.linear_4bit_lora`, around what costs time where it is not needed."""
+    """`_lora_autograd.linear_4bit_lora`, around what costs time where it is not needed.
+
+    The layers' weights are what `operator_parts` takes.
+    """
     seen = [x, *bias, *(part for layer in layers for part in layer[:2])]
     if _eager.is_traced() or not _eager.needs_grad(*seen) or not _eager.is_plain(*seen):
+        layers = [layer._replace(weight=operator_parts(layer.weight)) for layer in layers]
         return _lora_autograd.linear_4bit_lora(x, rng, dropout_p, bias, layers)
     _checks.check_dropout(dropout_p, rng)
     flat = [

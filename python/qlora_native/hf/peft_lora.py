@@ -25,12 +25,12 @@ class Linear(Over4bit, LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out_features] for x [..., in_features]."""
-        adapters = None if args or kwargs else self._plain_adapters()
+        adapters = None if args or kwargs else self.plain_adapters()
         if adapters is None:
             return super().forward(x, *args, **kwargs)
         return adapted_linear(self._modules["base_layer"], x, adapters)
 
-    def _plain_adapters(self) -> list[LowRank] | None:
+    def plain_adapters(self) -> list[LowRank] | None:
         """The active adapters, or None when one needs more than y + scaling * B A dropout(x)."""
         if (
             self.disable_adapters

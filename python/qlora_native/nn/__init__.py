@@ -16,6 +16,7 @@ from qlora_native.nn.experts import Experts4bit
 from qlora_native.nn.linear import Linear4bit
 from qlora_native.nn.lora import LoraLinear, LoraSettings
 from qlora_native.nn.merging import merge_lora, unmerge_lora
+from qlora_native.nn.shared_inputs import share_inputs
 
 __all__ = [
     "Embedding4bit",
@@ -34,5 +35,6 @@ __all__ = [
     "prepare_for_training",
     "quantize_experts",
     "set_adapter",
+    "share_inputs",
     "unmerge_lora",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,8 @@ def adapted_linear(base_layer: nn.Linear, x: Tensor, adapters: Sequence[LowRank]
     """
     compute_dtype = getattr(base_layer, "compute_dtype", None)
     inner = x if compute_dtype is None else x.to(compute_dtype)
-    if len(adapters) == 1 and _is_one_operation(base_layer, inner, adapters[0]):
-        y = _one_operation(base_layer, inner, adapters[0])
+    if len(adapters) == 1 and is_one_operation(base_layer, inner, adapters[0]):
+        y = _one_operation(base_layer, x, inner, adapters[0])
         return y if compute_dtype is None else y.to(x.dtype)
     y = base_layer(x)
     for a, b, scaling, dropout in adapters:
@@ -55,41 +55,56 @@ def adapted_linear(base_layer: nn.Linear, x: Tensor, adapters: Sequence[LowRank]
     return y
 
 
-def _one_operation(base_layer: Linear4bit, x: Tensor, adapter: LowRank) -> Tensor:
+def _one_operation(base_layer: Linear4bit, x: Tensor, inner: Tensor, adapter: LowRank) -> Tensor:
     a, b, scaling, dropout = adapter
     dropout_p = 0.0 if type(dropout) is nn.Identity else _probability(dropout)
     if dropout_p == 0.0 and not is_traced() and base_layer.has_plain_weight():
-        y = _around_dispatcher(base_layer, x, adapter)
+        y = _around_dispatcher(base_layer, x, inner, adapter)
         if y is not None:
             return y
     q, bias = base_layer.quantized_weight(), base_layer.bias
-    return linear_4bit_lora(x, q, a, b, scaling, bias=bias, dropout_p=dropout_p)
+    return linear_4bit_lora(inner, q, a, b, scaling, bias=bias, dropout_p=dropout_p)
 
 
-def _around_dispatcher(base_layer: Linear4bit, x: Tensor, adapter: LowRank) -> Tensor | None:
+def _around_dispatcher(
+    base_layer: Linear4bit, x: Tensor, inner: Tensor, adapter: LowRank
+) -> Tensor | None:
     a, b, scaling, _ = adapter
     parameters = base_layer._parameters
     bias = parameters.get("bias")
-    if not _lora_eager.needs_grad(x, bias, a, b):
+    if not _lora_eager.needs_grad(inner, bias, a, b):
         return _run_linear_4bit_lora(
-            x, a, b, scaling, parameters, base_layer.out_features, base_layer.in_features,
+            inner, a, b, scaling, parameters, base_layer.out_features, base_layer.in_features,
             base_layer.block_size, base_layer.quant_type, base_layer.codebook,
         )  # fmt: skip
-    if not parameters.keys() >= _STATE:
+    weight = eager_weight(base_layer)
+    if weight is None:
+        return None
+    together = base_layer.__dict__.get("_together")
+    if together is not None:
+        y = together.output(base_layer, x, inner, adapter)
+        if y is not None:
+            return y
+    return _lora_eager.linear_4bit_lora(inner, bias, a, b, scaling, weight)
+
+
+def eager_weight(base_layer: Linear4bit) -> tuple[Any, ...] | None:
+    """The weight as `_weight.operator_parts` takes it, None when it is not what is stored."""
+    parameters = base_layer._parameters
+    if not (parameters.keys() >= _STATE and base_layer.has_plain_weight()):
         return None  # some are elsewhere, or computed from others
-    weight = (
+    return (
         parameters["weight"], parameters["weight_absmax"], parameters["weight_absmax2"],
         (base_layer.out_features, base_layer.in_features), base_layer.block_size,
         base_layer.quant_type, base_layer.codebook,
     )  # fmt: skip
-    return _lora_eager.linear_4bit_lora(x, bias, a, b, scaling, weight)
 
 
 def _probability(dropout: nn.Module) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
-def _is_one_operation(base_layer: nn.Linear, x: Tensor, adapter: LowRank) -> bool:
+def is_one_operation(base_layer: nn.Linear, x: Tensor, adapter: LowRank) -> bool:
     """Whether nothing replaces or watches the base layer's product or the adapter's dropout."""
     dropout = adapter.dropout
     return (

@@ -169,9 +169,10 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]."""
-        return adapted_linear(self._modules["base_layer"], x, self._adapters_in_use())
+        return adapted_linear(self._modules["base_layer"], x, self.plain_adapters())
 
-    def _adapters_in_use(self) -> Sequence[LowRank]:
+    def plain_adapters(self) -> Sequence[LowRank]:
+        """The adapters that take part in the forward."""
         if self.merged_adapters or not self.adapters_enabled:
             return ()
         lora_a, lora_b = children(self, "lora_A"), children(self, "lora_B")

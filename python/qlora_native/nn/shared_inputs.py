@@ -1,0 +1,207 @@
+"""Layers with adapters that multiply one input, computed together in training.
+
+Queries, keys and values of an attention have one input, and so have gate and values of an MLP. The
+first of them that is called computes all: the input is cast once, the adapters' first products are
+one product, and the gradient of the input is one sum in place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_native import _eager, _lora_eager
+from qlora_native._eager import is_traced
+from qlora_native._lora_layers import Layer
+from qlora_native.nn.adapted import LowRank, eager_weight, is_bare, is_one_operation
+from qlora_native.nn.linear import Linear4bit
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What transformers calls layers that have one input in attentions and MLPs like Llama's."""
+
+
+def share_inputs(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> int:
+    """Lets adapted layers that are called with one tensor be computed together; returns how many.
+
+    For layers of `add_lora` and of PEFT over a Linear4bit, in eager steps with gradients. A layer
+    goes on by itself whenever it could make a difference: under hooks, with dropout, with no or
+    several adapters, in compiled graphs, without gradients. Layers that turn out to have different
+    inputs are computed together once and then no more. Results differ by rounding; the adapters of
+    a layer whose output is not used get gradients of zero in place of None.
+
+    Call it again when adapters have been added or replaced. The modules that hold the layers get
+    hooks; what they return does not change.
+
+    Args:
+        groups: names of layers, each for layers of one module.
+    """
+    count = 0
+    for parent in model.modules():
+        _forget(parent)
+        found = [_adapted_children(parent, names) for names in groups]
+        together = [Together(layers) for layers in found if len(layers) > 1]
+        if not together:
+            continue
+        for group in together:
+            for layer in group.layers:
+                layer.base_layer.__dict__[_GROUP] = group
+            count += len(group.layers)
+        handles = (
+            parent.register_forward_pre_hook(_begin),
+            parent.register_forward_hook(_end, always_call=True),
+        )
+        parent.__dict__[_GROUPS] = (tuple(together), handles)
+    return count
+
+
+# Attributes of a base layer, and of the module that holds adapted layers.
+_GROUP, _GROUPS = "_together", "_groups_together"
+
+
+def _forget(parent: nn.Module) -> None:
+    groups, handles = parent.__dict__.pop(_GROUPS, ((), ()))
+    for handle in handles:
+        handle.remove()
+    for group in groups:
+        for layer in group.layers:
+            layer.base_layer.__dict__.pop(_GROUP, None)
+
+
+def _adapted_children(parent: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The adapted layers of these names; none unless their inputs can be the same."""
+    layers = [
+        child
+        for name, child in parent._modules.items()
+        if name in names
+        and hasattr(child, "plain_adapters")
+        and type(child._modules.get("base_layer")) is Linear4bit
+    ]
+    inputs = {(layer.base_layer.in_features, layer.base_layer.compute_dtype) for layer in layers}
+    return layers if len(inputs) == 1 else []
+
+
+# What is computed ahead is for one call of the parent: between two of them anything may change.
+
+
+def _begin(parent: nn.Module, args: Any) -> None:
+    if not is_traced() and torch.is_grad_enabled():
+        for group in parent.__dict__[_GROUPS][0]:
+            group.begin()
+
+
+def _end(parent: nn.Module, args: Any, output: Any) -> None:
+    if not is_traced():
+        for group in parent.__dict__[_GROUPS][0]:
+            group.end()
+
+
+class _Ahead:
+    """What a thread's call of the parent has computed for layers that are still to be called."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.version = 0
+        self.is_autocast = False
+        self.outputs: dict[nn.Module, tuple[LowRank, Tensor]] = {}
+
+
+class Together:
+    """Layers that are expected to be called with one tensor."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        """Takes layers that have `base_layer` and `plain_adapters()`."""
+        self.__setstate__({"layers": tuple(layers)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layers: tuple[nn.Module, ...] = state["layers"]
+        self.is_off = False
+        self._thread = threading.local()
+
+    def begin(self) -> None:
+        """Starts a call of the parent on this thread."""
+        self._thread.ahead = None if self.is_off else _Ahead()
+
+    def end(self) -> None:
+        """Ends it. Outputs that nobody took say that the layers do not belong together."""
+        ahead = getattr(self._thread, "ahead", None)
+        self._thread.ahead = None
+        self.is_off = self.is_off or (ahead is not None and bool(ahead.outputs))
+
+    def output(self, base: Linear4bit, x: Tensor, inner: Tensor, adapter: LowRank) -> Tensor | None:
+        """y of `base` and its adapter, or None: it is to be computed alone.
+
+        Args:
+            x: the layer's input, by which the others' are known.
+            inner: the same in the dtype of the products.
+        """
+        ahead = getattr(self._thread, "ahead", None)
+        if ahead is None:
+            return None
+        if ahead.x is None:
+            ahead.x, ahead.version = x, x._version
+            ahead.is_autocast = torch._C._is_any_autocast_enabled()
+            ahead.outputs = self._compute(base, inner, adapter)
+        taken = ahead.outputs.get(base)
+        if (
+            taken is None
+            or ahead.x is not x
+            or ahead.version != x._version
+            or ahead.is_autocast != torch._C._is_any_autocast_enabled()
+            or not _is_same(taken[0], adapter)
+        ):
+            return None
+        del ahead.outputs[base]
+        return taken[1]
+
+    def _compute(
+        self, base: Linear4bit, x: Tensor, adapter: LowRank
+    ) -> dict[nn.Module, tuple[LowRank, Tensor]]:
+        bases: list[Linear4bit] = []
+        adapters: list[LowRank] = []
+        if not _eager.is_plain(x, adapter.a, adapter.b):
+            return {}
+        for layer in self.layers:
+            other = layer._modules["base_layer"]
+            found = [adapter] if other is base else _ready(layer, other, x)
+            if found:
+                bases.append(other)
+                adapters += found
+        if base not in bases or len(bases) < 2:  # a replica of the layer, or all others are unready
+            return {}
+        x = _eager.autocast(x)
+        biases, layers = [], []
+        for other, (a, b, scaling, _) in zip(bases, adapters, strict=True):
+            bias = other._parameters["bias"]
+            biases.append(None if bias is None else bias.to(x.dtype))
+            factors = _lora_eager.factor(a, x), _lora_eager.factor(b, x)
+            layers.append(Layer(*factors, float(scaling), eager_weight(other)))
+        outputs = _lora_eager.linear_4bit_lora_group(x, None, 0.0, biases, layers)
+        return dict(zip(bases, zip(adapters, outputs, strict=True), strict=True))
+
+
+def _ready(layer: nn.Module, base: Linear4bit, x: Tensor) -> list[LowRank] | None:
+    """The adapter of a layer that is nothing but its product, in a list; else nothing."""
+    adapters = layer.plain_adapters() if is_bare(layer) else None
+    if not adapters or len(adapters) > 1:
+        return None
+    (adapter,) = adapters
+    is_dropping = type(adapter.dropout) is not nn.Identity and adapter.dropout.training
+    if (
+        is_dropping
+        or not is_one_operation(base, x, adapter)
+        or eager_weight(base) is None
+        or not _eager.is_plain(adapter.a, adapter.b)
+    ):
+        return None
+    return adapters
+
+
+def _is_same(one: LowRank, other: LowRank) -> bool:
+    return one.a is other.a and one.b is other.b and one.scaling == other.scaling
