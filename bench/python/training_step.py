@@ -5,8 +5,9 @@
     python bench/python/training_step.py --device cpu --shape tiny --cases tiny --steps 2
 
 Every contestant runs in a process of its own, on the same random weights, adapters and batch; the
-dense one has the weights that the 4 bits stand for. "ours" comes first: a contestant whose losses
-in the first steps are not ours within the noise of bf16 is reported as failed, and not timed.
+dense one has the weights that the 4 bits stand for. Ours have the loss by chunks of tokens, the
+others transformers' own; --loss plain gives it to all. "ours" comes first: a contestant whose
+losses in the first steps are not ours within the noise of bf16 is reported as failed, and not timed.
 
 Times are medians of single steps (forward, loss, backward, optimizer), between CUDA events that are
 recorded while steps are queued one behind the other. Groups are of one step, from the profiler
@@ -35,9 +36,9 @@ from torch import nn
 import random_models
 import report
 import step_profile
+from qlora_native.training import GraphedStep, use_chunked_loss
 
 _CHECKED_STEPS = 6
-_EAGER_BEFORE_CAPTURE = 3
 _LEARNING_RATE = 2e-3
 _PROFILED_STEPS = 2
 _LAYERS_COMPILED_WHOLE = 8
@@ -117,6 +118,8 @@ def make_model(options: argparse.Namespace, case: Case, contestant: str) -> nn.M
     if case.checkpointing:
         # Nothing is random in a step, and a graph cannot hold the state of a generator.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if weights == "ours" and options.loss == "chunked":
+        use_chunked_loss(model)
     if mode == "compiled":
         scope = options.compile_scope
         if scope == "auto":
@@ -145,52 +148,20 @@ def make_optimizer(model: nn.Module, contestant: str, device: str) -> torch.opti
 
 
 def make_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor
+    model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, graphed: bool = False
 ) -> Callable[[], torch.Tensor]:
     """Return a function that takes a step and returns its loss, on the device."""
 
-    def step() -> torch.Tensor:
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        ids = batch["input_ids"]
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step
-
-
-def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Return a step that replays one CUDA graph; the capture itself takes no step."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return loss.clone()
-
-    return replay
-
-
-def first_losses(
-    step: Callable[[], torch.Tensor], graphed: bool
-) -> tuple[Callable[[], torch.Tensor], list[float]]:
-    """Take the steps whose losses are compared; return the step to time as well."""
-    losses = []
-    for number in range(_CHECKED_STEPS):
-        if graphed and number < _EAGER_BEFORE_CAPTURE:
-            # As a capture asks for: on another stream, where states and workspaces are made.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                losses.append(step().item())
-            torch.cuda.current_stream().wait_stream(side)
-            continue
-        if graphed and number == _EAGER_BEFORE_CAPTURE:
-            step = captured(step)
-        losses.append(step().item())
-    return step, losses
+    taken = GraphedStep(step) if graphed else step
+    return lambda: taken({"input_ids": ids})
 
 
 def step_times_ms(step: Callable[[], object], steps: int, device: str) -> list[float]:
@@ -219,10 +190,11 @@ def measure(options: argparse.Namespace, case: Case, contestant: str) -> dict[st
     shape = random_models.SHAPES[options.shape]
     device = torch.device(options.device)
     ids = random_models.batch(shape.vocab, case.batch, case.length, device)
-    step = make_step(model, make_optimizer(model, contestant, options.device), ids)
-    built_bytes = torch.cuda.memory_allocated() if on_gpu else None
     graphed = CONTESTANTS[contestant][2] == "graphed"
-    step, losses = first_losses(step, graphed)
+    step = make_step(model, make_optimizer(model, contestant, options.device), ids, graphed)
+    built_bytes = torch.cuda.memory_allocated() if on_gpu else None
+    # A graph is recorded among these.
+    losses = [step().item() for _ in range(_CHECKED_STEPS)]
     check_losses(losses, options.expected or losses)
     for _ in range(2):
         step()
@@ -250,7 +222,7 @@ def measure(options: argparse.Namespace, case: Case, contestant: str) -> dict[st
 def run_child(options: argparse.Namespace, case: str, contestant: str) -> dict[str, Any]:
     """Measure in a fresh process; what failed there is in "error"."""
     command = [sys.executable, __file__, "--child", case, contestant]
-    for name in ("device", "shape", "steps", "lora_r", "adapter_dtype", "compile_scope"):
+    for name in ("device", "shape", "steps", "lora_r", "adapter_dtype", "loss", "compile_scope"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += ["--expected", json.dumps(options.expected)]
     record: dict[str, Any] = {"case": case, "contestant": contestant}
@@ -295,6 +267,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--loss",
+        choices=("chunked", "plain"),
+        default="chunked",
+        help="of ours: by chunks of tokens, or transformers' own, which the others have",
+    )
     parser.add_argument(
         "--compile-scope",
         choices=("auto", "model", "layers"),

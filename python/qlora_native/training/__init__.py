@@ -8,8 +8,10 @@ from qlora_native.training.causal_lm import (
     use_chunked_loss,
 )
 from qlora_native.training.cross_entropy import chunked_cross_entropy, linear_cross_entropy
+from qlora_native.training.graphs import GraphedStep
 
 __all__ = [
+    "GraphedStep",
     "UnsupportedModelError",
     "chunked_cross_entropy",
     "linear_cross_entropy",
