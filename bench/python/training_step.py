@@ -7,7 +7,8 @@
 Every contestant runs in a process of its own, on the same random weights, adapters and batch; the
 dense one has the weights that the 4 bits stand for. Ours have the loss by chunks of tokens, the
 others transformers' own; --loss plain gives it to all. "ours" comes first: a contestant whose
-losses in the first steps are not ours within the noise of bf16 is reported as failed, and not timed.
+losses in the first steps are not ours within the noise of bf16 is reported as failed, and is not
+timed.
 
 Times are medians of single steps (forward, loss, backward, optimizer), between CUDA events that are
 recorded while steps are queued one behind the other. Groups are of one step, from the profiler
@@ -36,7 +37,6 @@ from torch import nn
 import random_models
 import report
 import step_profile
-from qlora_native.training import GraphedStep, use_chunked_loss
 
 _CHECKED_STEPS = 6
 _LEARNING_RATE = 2e-3
@@ -119,6 +119,8 @@ def make_model(options: argparse.Namespace, case: Case, contestant: str) -> nn.M
         # Nothing is random in a step, and a graph cannot hold the state of a generator.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     if weights == "ours" and options.loss == "chunked":
+        from qlora_native.training import use_chunked_loss
+
         use_chunked_loss(model)
     if mode == "compiled":
         scope = options.compile_scope
@@ -160,8 +162,12 @@ def make_step(
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    taken = GraphedStep(step) if graphed else step
-    return lambda: taken({"input_ids": ids})
+    if not graphed:
+        return lambda: step({"input_ids": ids})
+    from qlora_native.training import GraphedStep
+
+    replayed = GraphedStep(step)
+    return lambda: replayed({"input_ids": ids})
 
 
 def step_times_ms(step: Callable[[], object], steps: int, device: str) -> list[float]:
