@@ -7,14 +7,28 @@ from qlora_native.training.causal_lm import (
     restore_plain_loss,
     use_chunked_loss,
 )
+from qlora_native.training.checkpointing import use_checkpointing
 from qlora_native.training.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from qlora_native.training.graphs import GraphedStep
+from qlora_native.training.packing import (
+    LeakError,
+    best_fit,
+    check_isolation,
+    packed_row,
+    padding_share,
+)
 
 __all__ = [
     "GraphedStep",
+    "LeakError",
     "UnsupportedModelError",
+    "best_fit",
+    "check_isolation",
     "chunked_cross_entropy",
     "linear_cross_entropy",
+    "packed_row",
+    "padding_share",
     "restore_plain_loss",
+    "use_checkpointing",
     "use_chunked_loss",
 ]
