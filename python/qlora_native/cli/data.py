@@ -17,8 +17,7 @@ import torch
 from datasets import Dataset
 
 from qlora_native.cli.errors import InputError, require
-
-IGNORED = -100
+from qlora_native.training.packing import IGNORED
 
 # Used when the tokenizer brings no chat template of its own.
 PLAIN_CHAT_TEMPLATE = (
@@ -222,21 +221,22 @@ def split(
 
 
 class Collator:
-    """Batches of `input_ids`, `attention_mask` and `labels`, int64 [batch, longest]."""
+    """Batches of `input_ids`, `attention_mask` and `labels`, int64 [batch, longest or `length`]."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, length: int | None = None) -> None:
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._pad = next(token for token in candidates if token is not None)
+        self.pad = next(token for token in candidates if token is not None)
+        self._length = length
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Pads on the right; padding is neither attended to nor learned."""
-        longest = max(len(row["input_ids"]) for row in rows)
+        longest = self._length or max(len(row["input_ids"]) for row in rows)
 
         def batch(values: list[list[int]], fill: int) -> torch.Tensor:
             return torch.tensor([v + [fill] * (longest - len(v)) for v in values])
 
         return {
-            "input_ids": batch([row["input_ids"] for row in rows], self._pad),
+            "input_ids": batch([row["input_ids"] for row in rows], self.pad),
             "attention_mask": batch([[1] * len(row["input_ids"]) for row in rows], 0),
             "labels": batch([row["labels"] for row in rows], IGNORED),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 from torch.utils.data import DataLoader
@@ -11,6 +12,7 @@ from qlora_native.cli.errors import allocating, require
 from qlora_native.cli.loss import mean_token_loss, perplexity
 from qlora_native.cli.options import EvaluateOptions
 from qlora_native.cli.progress import LayerProgress, stderr, stdout
+from qlora_native.training import UnsupportedModelError, use_chunked_loss
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -34,6 +36,9 @@ def evaluate(options: EvaluateOptions) -> None:
     sequences = data.tokenize(documents, tokenizer, options.max_seq_length)
     with LayerProgress() as progress:
         model = models.load_for_inference(options, where, progress)
+    with contextlib.suppress(UnsupportedModelError):
+        # As `finetune` evaluates, to the same number; what has another loss keeps it.
+        use_chunked_loss(model, in_evaluation=True)
     loader = DataLoader(sequences.rows, batch_size=batch, collate_fn=data.Collator(tokenizer))
     with allocating(
         f"evaluating {batch} x {options.max_seq_length} tokens at a time:",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -12,33 +10,22 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 
 import qlora_native as qn
-from qlora_native._files import atomic_write
-from qlora_native.cli import data, loading, models, parallel, report
-from qlora_native.cli.config_file import RUN_FILE, read_yaml
-from qlora_native.cli.errors import InputError, Interrupted, allocating, display_path, require
+from qlora_native.cli import data, loading, models, packing, parallel, report, step
+from qlora_native.cli.errors import InputError, Interrupted, allocating, require
 from qlora_native.cli.options import FinetuneOptions
 from qlora_native.cli.progress import LayerProgress, TrainingProgress, stderr, stdout
+from qlora_native.cli.run_folder import check_output, how_to_resume, settings, start_output
 from qlora_native.cli.trainer import (
     AdapterTrainer,
     StopOnSignal,
-    checkpoints,
     delete_incomplete,
     load_state,
     save_adapter,
 )
 from qlora_native.hf.optimizers import OPTIMIZERS
 from qlora_native.nn.sharding import shard_from_rank_0
-
-_RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "loss.png", RUN_FILE)
-# What may differ between a run and its continuation: it changes no number but for the device,
-# which changes them by rounding only, as the dtype that it came to is recorded and compared.
-_FREE_ON_RESUME = {
-    "output", "overwrite", "resume", "debug", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "device", "fsdp", "rank_timeout",
-}  # fmt: skip
 
 
 def finetune(options: FinetuneOptions) -> None:
@@ -64,8 +51,9 @@ def _finetune(options: FinetuneOptions, ranks: parallel.Ranks) -> None:
     options = dataclasses.replace(
         options, bf16=where.dtype == torch.bfloat16, fp16=where.dtype == torch.float16
     )
-    resume_from = _check_output(options)
+    resume_from = check_output(options)
     sharded = options.fsdp and ranks.size > 1
+    step.check(options, where, ranks.size)
     parallel.check_run(ranks, sharded, options.optim, resume_from)
     data.check_files(options.data, "--data")
     data.check_files(options.eval_data or [], "--eval-data")
@@ -90,10 +78,22 @@ def _finetune(options: FinetuneOptions, ranks: parallel.Ranks) -> None:
     if where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where.device)
     model, quantized, adapters = _build(options, where, ranks, sharded)
+    kept = step.apply_checkpointing(model, options)
+    if sharded:
+        _shard(model, where)
+    batches = packing.choose(options, train.rows, model, tokenizer)
+    chosen = {
+        "loss": step.apply_loss(model, options),
+        "packing": batches.words,
+        "checkpointing": kept,
+        "CUDA graph": step.graph_in_words(options, where.device),
+        "optimizer": options.optim,
+    }
+    stderr.print(step.table(chosen))
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
-        train=train,
+        train=batches,
         evaluation=evaluation,
         collator=data.Collator(tokenizer),
         base_model=options.model,
@@ -101,11 +101,12 @@ def _finetune(options: FinetuneOptions, ranks: parallel.Ranks) -> None:
         optimizer=options.optim,
         ranks=ranks,
         sharded=sharded,
+        graphed=options.cuda_graph,
     )
     ranks.wait()  # all have looked at the folder as it was
     if ranks.is_main:
         if resume_from is None:
-            _start_output(options)
+            start_output(options)
         delete_incomplete(options.output)
     losses = _train(trainer, options, resume_from, ranks)
     memory, memory_of = report.peak_memory(where.device)
@@ -128,7 +129,8 @@ def _finetune(options: FinetuneOptions, ranks: parallel.Ranks) -> None:
         "processes": ranks.size,
         "wall_seconds": time.perf_counter() - started,
         "versions": report.versions(),
-        "settings": _settings(options),
+        "step": chosen,
+        "settings": settings(options),
     }
     save_adapter(model, options.output, options.model, ranks, sharded)
     if ranks.is_main:
@@ -163,46 +165,6 @@ def _check_numbers(options: FinetuneOptions) -> None:
     )
 
 
-def _check_output(options: FinetuneOptions) -> Path | None:
-    """The checkpoint to go on from, if that was asked for."""
-    folder = options.output
-    require(
-        not (options.resume and options.overwrite), "--resume and --overwrite exclude each other"
-    )
-    require(
-        not folder.exists() or folder.is_dir(), f"--output {folder}: exists and is not a folder"
-    )
-    if options.resume:
-        whole = checkpoints(folder) if folder.exists() else []
-        require(bool(whole), f"--resume: there is no checkpoint in {folder}")
-        _check_same_run(options)
-        return whole[-1]
-    require(
-        options.overwrite or not folder.exists() or not any(folder.iterdir()),
-        f"--output {folder}: exists and is not empty; --overwrite replaces the run in it, "
-        "--resume continues it",
-    )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    require(os.access(existing, os.W_OK), f"--output {folder}: {existing} is not writable")
-    return None
-
-
-def _check_same_run(options: FinetuneOptions) -> None:
-    file = options.output / RUN_FILE
-    require(file.is_file(), f"--resume: there is no {RUN_FILE} in {options.output}")
-    then, now = read_yaml(file, "--resume"), _settings(options)
-    for name in now.keys() - _FREE_ON_RESUME:
-        require(
-            then.get(name) == now[name],
-            f"--resume: --{name.replace('_', '-')} was {then.get(name)} and is now {now[name]}; "
-            f"to continue the run as it was: {_resume_command(options)}",
-        )
-
-
-def _resume_command(options: FinetuneOptions) -> str:
-    return f"qlora-native finetune --config {display_path(options.output / RUN_FILE)} --resume"
-
-
 def _training_arguments(
     options: FinetuneOptions, where: loading.Placement
 ) -> transformers.TrainingArguments:
@@ -229,6 +191,8 @@ def _training_arguments(
             include_num_input_tokens_seen="non_padding",
             dataloader_pin_memory=where.device.type == "cuda",
             remove_unused_columns=False,
+            # It waits for the device in every step, and hides a NaN from the log.
+            logging_nan_inf_filter=False,
             report_to="none",
             disable_tqdm=True,
         )
@@ -285,40 +249,14 @@ def _build(
         not adapters.unmatched,
         f"--target-modules: {', '.join(adapters.unmatched)} matches no linear layer of the model",
     )
-    qn.prepare_for_training(model, gradient_checkpointing=options.gradient_checkpointing)
-    if sharded:
-        try:
-            shard_from_rank_0(model, where.device)
-        except ValueError as error:
-            raise InputError(f"--fsdp: {error}") from error
     return model, quantized, adapters
 
 
-def _start_output(options: FinetuneOptions) -> None:
-    """Makes the folder, without the previous run when --overwrite was given."""
-    options.output.mkdir(parents=True, exist_ok=True)
-    for path in checkpoints(options.output):
-        shutil.rmtree(path)
-    for name in _RESULTS:
-        (options.output / name).unlink(missing_ok=True)
-    with atomic_write(options.output / RUN_FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(_settings(options), sort_keys=False))
-
-
-def _settings(options: FinetuneOptions) -> dict[str, Any]:
-    """The options as YAML and JSON take them, so that the file is a --config of the same run."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    passing = ("overwrite", "resume", "debug", "given")
-    return {
-        name: plain(value)
-        for name, value in dataclasses.asdict(options).items()
-        if name not in passing
-    }
+def _shard(model: Any, where: loading.Placement) -> None:
+    try:
+        shard_from_rank_0(model, where.device)
+    except ValueError as error:
+        raise InputError(f"--fsdp: {error}") from error
 
 
 def _train(
@@ -338,7 +276,7 @@ def _train(
     held_out = trainer.eval_dataset is not None
     batch, length = options.per_device_train_batch_size, options.max_seq_length
     remedy = (
-        "reduce --per-device-train-batch-size or --max-seq-length, keep --gradient-checkpointing."
+        "reduce --per-device-train-batch-size or --max-seq-length, or use --checkpointing full."
     )
     with allocating(f"evaluating and training with {batch} x {length} tokens per step:", remedy):
         try:
@@ -356,11 +294,11 @@ def _train(
             if stop.received is None:
                 after = _last_loss(trainer) if held_out else None
         except KeyboardInterrupt:
-            raise Interrupted(_how_to_resume(options)) from None
+            raise Interrupted(how_to_resume(options)) from None
         finally:
             show.close()
     if stop.received is not None:
-        raise Interrupted(_how_to_resume(options))
+        raise Interrupted(how_to_resume(options))
     curve = [[e["step"], e["eval_loss"]] for e in trainer.state.log_history if "eval_loss" in e]
     if held_out:
         curve = [[0, before], *[point for point in curve if point[0] > 0]]
@@ -381,13 +319,6 @@ def _last_loss(trainer: AdapterTrainer) -> float:
         if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
             return entry["eval_loss"]
     return trainer.evaluate()["eval_loss"]
-
-
-def _how_to_resume(options: FinetuneOptions) -> str:
-    whole = checkpoints(options.output)
-    if not whole:
-        return "there is no checkpoint yet; start again with --overwrite"
-    return f"{whole[-1]} is whole; go on with: {_resume_command(options)}"
 
 
 def _save_results(folder: Path, tokenizer: Any, content: dict[str, Any]) -> None:

@@ -129,6 +129,44 @@ class FinetuneOptions(ModelOptions):
             "--gradient-checkpointing/--no-gradient-checkpointing",
         ),
     ] = True
+    checkpointing: Annotated[
+        str,
+        option(
+            "none, full, selective (keep attention and narrow products), N (every N-th layer), or "
+            "auto: full, unless --no-gradient-checkpointing.",
+            _TRAINING,
+        ),
+    ] = "auto"
+    loss: Annotated[
+        str,
+        option(
+            "chunked (logits of some tokens at a time), plain (transformers'), liger, or auto: "
+            "chunked where it applies.",
+            _TRAINING,
+        ),
+    ] = "auto"
+    packing: Annotated[
+        str,
+        option(
+            "none (padding), flat (a batch is one row), rows (sequences fill rows of "
+            "--max-seq-length; a batch has more of them), or auto: none or flat. No sequence sees "
+            "another.",
+            _DATA,
+        ),
+    ] = "auto"
+    cuda_graph: Annotated[
+        bool,
+        option(
+            "Record forward and backward pass once and replay them: for small steps, which wait "
+            "for the host. Every batch gets one shape.",
+            _HARDWARE,
+            "--cuda-graph",
+        ),
+    ] = False
+    liger: Annotated[
+        bool,
+        option("Norms, rotary embedding and gates of liger-kernel (GPU).", _HARDWARE, "--liger"),
+    ] = False
     optim: Annotated[
         str,
         option(

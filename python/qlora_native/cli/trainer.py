@@ -25,8 +25,10 @@ import qlora_native as qn
 from qlora_native import optim
 from qlora_native.cli.data import Collator, Sequences
 from qlora_native.cli.loss import mean_token_loss
+from qlora_native.cli.packing import TOKENS, Batches
 from qlora_native.cli.parallel import OPTIMIZER_SHARDS, Ranks
 from qlora_native.hf.optimizers import OPTIMIZERS, optimizer_cls_and_kwargs
+from qlora_native.training import GraphedStep
 
 SCHEDULER_NAME = "scheduler.pt"
 _STAGING = ".checkpoint-incomplete"
@@ -60,7 +62,7 @@ class AdapterTrainer(transformers.Trainer):
         self,
         model: torch.nn.Module,
         args: transformers.TrainingArguments,
-        train: Sequences,
+        train: Batches,
         evaluation: Sequences | None,
         collator: Collator,
         base_model: str,
@@ -68,19 +70,23 @@ class AdapterTrainer(transformers.Trainer):
         optimizer: str,
         ranks: Ranks,
         sharded: bool = False,
+        graphed: bool = False,
     ) -> None:
         """Takes the arguments of Trainer that a fine-tuning run has.
 
         Args:
+            collator: of the batches for evaluation.
             ranks: the processes that train together.
             sharded: the model is split over them.
+            graphed: forward and backward pass are a CUDA graph; all batches are of one shape.
         """
+        args.dataloader_drop_last = train.drop_last
         super().__init__(
             model=model,
             args=args,
             train_dataset=train.rows,
             eval_dataset=evaluation.rows if evaluation else None,
-            data_collator=collator,
+            data_collator=train.collator,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(optimizer, args)
             if optimizer in OPTIMIZERS
             else None,
@@ -89,6 +95,8 @@ class AdapterTrainer(transformers.Trainer):
         self._dtype = dtype
         self._ranks = ranks
         self._sharded = sharded
+        self._evaluation_collator = collator
+        self._graphed = GraphedStep(self._step, self._trained()) if graphed else None
         if sharded:
             # It is in its places and reduces its gradients: nothing is to be put around it.
             prepare = self.accelerator.prepare_model
@@ -97,6 +105,30 @@ class AdapterTrainer(transformers.Trainer):
             )
         self._staging: Path | None = None
         self._paused = 0.0
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward pass; adds to the gradients."""
+        batch = {name: value for name, value in inputs.items() if name != TOKENS}
+        if self._graphed is None:
+            return super().training_step(model, batch, num_items_in_batch)
+        return self._graphed({**batch, "num_items_in_batch": num_items_in_batch})
+
+    def _step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = dict(batch)
+        items = inputs.pop("num_items_in_batch")
+        return super().training_step(self.model_wrapped, inputs, items)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        (tokens,) = self._ranks.sum([inputs[TOKENS]])
+        self.state.num_input_tokens_seen += int(tokens)
 
     def evaluate(
         self,
@@ -110,7 +142,7 @@ class AdapterTrainer(transformers.Trainer):
         loader = DataLoader(
             eval_dataset or self.eval_dataset,
             batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=self._evaluation_collator,
         )
         loss, tokens = mean_token_loss(self.model, loader, self._dtype, self._ranks)
         seconds = time.perf_counter() - start
