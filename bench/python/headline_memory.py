@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import qlora_native as qn
 import random_models
@@ -45,6 +44,7 @@ import report
 from qlora_native import footprint, memory, optim
 from qlora_native.footprint import Footprint, held
 from qlora_native.hf.meta import meta_model
+from qlora_native.training import chunked_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +79,7 @@ def chunked_loss(
     """
     rows = hidden[:, :-1].flatten(0, 1)
     targets = labels[:, 1:].flatten()
-
-    def part(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(head(x).float(), y, reduction="sum")
-
-    sums = [
-        checkpoint(part, x, y, use_reentrant=False, preserve_rng_state=False)
-        for x, y in zip(rows.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.stack(sums).sum() / targets.numel()
+    return chunked_cross_entropy(head, head.out_features, rows, targets, chunk_tokens=chunk).mean()
 
 
 def used_bytes() -> int:

@@ -21,7 +21,7 @@ from qlora_native.functional import (
 from qlora_native.nn import add_lora, merge_lora, prepare_for_training, unmerge_lora
 
 if TYPE_CHECKING:
-    from qlora_native import memory, optim
+    from qlora_native import memory, optim, training
     from qlora_native.checkpoint import load_adapter, save_adapter
     from qlora_native.convert import quantize_model
     from qlora_native.hf.config import QLoRANativeConfig
@@ -53,6 +53,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_model",
     "save_adapter",
+    "training",
     "unmerge_lora",
 ]
 
@@ -65,6 +66,7 @@ _LATER = {
     "optim": "qlora_native",
     "quantize_model": "qlora_native.convert",
     "save_adapter": "qlora_native.checkpoint",
+    "training": "qlora_native",
 }
 
 

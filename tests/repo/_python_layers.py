@@ -19,6 +19,7 @@ LAYERS = (
     ("_lora_eager",),
     ("functional", "kernels"),
     ("nn", "optim", "memory"),
+    ("training",),
     ("checkpoint", "convert", "footprint"),
     ("hf",),
     ("",),

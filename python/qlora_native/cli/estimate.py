@@ -18,6 +18,8 @@ from qlora_native.cli.progress import stderr, stdout
 from qlora_native.footprint import Footprint
 from qlora_native.hf.meta import meta_model
 from qlora_native.hf.optimizers import OPTIMIZERS
+from qlora_native.training import UnsupportedModelError, restore_plain_loss, use_chunked_loss
+from qlora_native.training.cross_entropy import chunk_rows
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,6 +49,7 @@ def estimate(options: EstimateOptions) -> bool | None:
             optimizer,
             saved,
             checkpointing=options.gradient_checkpointing,
+            loss_share=_loss_share(model, options),
             staging=memory.DEVICE_BUDGET_BYTES if optimizer.is_paged else 0,
             shards=shards,
         )
@@ -122,6 +125,17 @@ def _meta_model(options: EstimateOptions) -> Any:
     except ValueError as error:
         raise InputError(f"--target-modules {options.target_modules}: {error}") from error
     return model.train()
+
+
+def _loss_share(model: Any, options: EstimateOptions) -> float:
+    """The share of the tokens whose logits `finetune` has at a time."""
+    try:
+        use_chunked_loss(model)
+    except UnsupportedModelError:
+        return 1.0
+    restore_plain_loss(model)
+    tokens = options.per_device_train_batch_size * options.max_seq_length
+    return min(chunk_rows(tokens, model.config.vocab_size) / tokens, 1.0)
 
 
 def _room(options: EstimateOptions) -> int | None:

@@ -88,7 +88,7 @@ def apply_checkpointing(model: nn.Module, options: FinetuneOptions) -> str:
         raise InputError(f"--checkpointing {options.checkpointing}: {error}") from error
     # Not only where layers run again: a model that fills a cache does not read packed rows as such.
     model.config.use_cache = False
-    layers = "every layer" if every == 1 else f"every {every}. layer"
+    layers = "every layer" if every == 1 else f"one layer in {every}"
     return {
         "none": "none: activations are kept",
         "full": f"{layers} runs again in the backward pass",

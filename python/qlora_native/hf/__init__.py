@@ -20,6 +20,7 @@ _EXPORTS = {
     "init_loftq": "qlora_native.hf.peft_init",
     "optimizer_cls_and_kwargs": "qlora_native.hf.optimizers",
     "use_as_paged_optimizers": "qlora_native.hf.optimizers",
+    "use_liger_kernels": "qlora_native.hf.liger",
 }
 
 # (what is imported, what runs then as "module:function").
