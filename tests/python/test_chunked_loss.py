@@ -14,8 +14,10 @@ from _hf import tiny  # noqa: E402
 from _training import LORA, adapter_state, arguments, losses, trainer  # noqa: E402
 from qlora_native.training import (  # noqa: E402
     UnsupportedModelError,
+    learned_tokens,
     restore_plain_loss,
     use_chunked_loss,
+    uses_chunked_loss,
 )
 
 SIZES = {
@@ -112,6 +114,33 @@ def test_labels_that_are_shifted_already_and_another_ignored_label():
     assert_same_step(model, ignore_index=5, shift_labels=shifted.where(shifted >= 0, 5))
 
 
+@pytest.mark.parametrize("items", [None, 40])
+def test_tokens_that_are_not_learned_do_not_go_through_the_head(items, monkeypatch):
+    model = adapted(MODELS["llama"])
+    learned = learned_tokens(batch()["labels"])
+    assert learned.tolist() == [*range(4, 10), *range(11, 21)]
+    others = {} if items is None else {"num_items_in_batch": items}
+    plain, gradients = step(model, **others)
+    use_chunked_loss(model, chunk_tokens=7)
+    rows = []
+    multiply = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        if weight is model.lm_head.weight:
+            rows.append(len(x))
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    found, found_gradients = step(model, learned_tokens=learned, **others)
+    assert rows == [7, 7, 2]
+    nothing = torch.full((3, 11), -100)
+    without = batch() | {"labels": nothing, "learned_tokens": learned_tokens(nothing)}
+    assert model(**without, num_items_in_batch=5).loss == 0
+    torch.testing.assert_close(found.loss, plain.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["trained", "4-bit", "adapter"])
 def test_heads_of_every_kind(kind):
     model = tiny("llama")
@@ -143,7 +172,8 @@ def test_what_needs_logits_has_them():
     model = adapted(MODELS["llama"])
     use_chunked_loss(model)
     shape = (3, 11, 64)
-    assert model.eval()(**batch()).logits.shape == shape
+    learned = learned_tokens(batch()["labels"])
+    assert model.eval()(**batch(), learned_tokens=learned).logits.shape == shape
     model.train()
     assert model(input_ids=batch()["input_ids"]).logits.shape == shape
     assert model(**batch(), return_dict=False)[1].shape == shape
@@ -160,11 +190,13 @@ def test_what_needs_logits_has_them():
 def test_taken_back_it_is_the_model_of_before():
     model = tiny("llama")
     signature = inspect.signature(model.forward)
+    assert not uses_chunked_loss(model)
     use_chunked_loss(model)
     use_chunked_loss(model)
+    assert uses_chunked_loss(torch.nn.Sequential(model))
     assert inspect.signature(model.forward) == signature
     restore_plain_loss(model)
-    assert "forward" not in vars(model)
+    assert "forward" not in vars(model) and not uses_chunked_loss(model)
 
 
 def test_a_copy_runs_itself():

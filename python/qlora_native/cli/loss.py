@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.cli.parallel import Ranks
+from qlora_native.training import learned_tokens, uses_chunked_loss
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
@@ -38,9 +39,13 @@ def mean_token_loss(
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
+    chunked = uses_chunked_loss(model)
     for batch, is_counted in _share(batches, ranks):
+        learned = learned_tokens(batch["labels"])
+        tokens = len(learned)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        tokens = int((batch["labels"][:, 1:] >= 0).sum())
+        if chunked:
+            batch["learned_tokens"] = learned
         with autocast(model.device, dtype):
             loss = model(**batch).loss
         if is_counted:

@@ -17,6 +17,7 @@ from qlora_native.training import (
     LeakError,
     best_fit,
     check_isolation,
+    learned_tokens,
     packed_row,
     padding_share,
 )
@@ -29,7 +30,10 @@ _LONGEST_FLAT_ROW = 8192
 
 
 TOKENS = "num_tokens"
-"""What a batch for training has beside the arguments of the model."""
+"""What a batch for training has beside the arguments of a model."""
+
+LEARNED = "learned_tokens"
+"""What it has for a model with the loss by chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Batches:
     rows: Any
     """A map-style dataset."""
     collator: Callable[[list[Any]], dict[str, Any]]
-    """Of tensors, and `TOKENS`."""
+    """The arguments of a model, `TOKENS` and `LEARNED`."""
     words: str
     drop_last: bool = False
 
@@ -59,19 +63,20 @@ class PackedRows:
 
 
 class CountingCollator:
-    """Batches of another collator, with the number of their tokens that are not padding.
+    """Batches of another collator, with what is counted in them here, on the host.
 
-    Counted here, on the host, so that no step has to ask the device for it.
+    No step has to ask the device then: how many tokens are not padding, which of them are learned.
     """
 
     def __init__(self, collator: Callable[[list[Any]], dict[str, Tensor]]) -> None:
         self._collator = collator
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        """Adds an int under `TOKENS`."""
+        """Adds an int under `TOKENS`, and int64 positions under `LEARNED`."""
         sequences = [s for row in rows for s in (row if isinstance(row, list) else [row])]
         tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
-        return {**self._collator(rows), TOKENS: tokens}
+        batch = self._collator(rows)
+        return {**batch, TOKENS: tokens, LEARNED: learned_tokens(batch["labels"])}
 
 
 class RowCollator:

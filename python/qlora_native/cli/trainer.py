@@ -25,10 +25,10 @@ import qlora_native as qn
 from qlora_native import optim
 from qlora_native.cli.data import Collator, Sequences
 from qlora_native.cli.loss import mean_token_loss
-from qlora_native.cli.packing import TOKENS, Batches
+from qlora_native.cli.packing import LEARNED, TOKENS, Batches
 from qlora_native.cli.parallel import OPTIMIZER_SHARDS, Ranks
 from qlora_native.hf.optimizers import OPTIMIZERS, optimizer_cls_and_kwargs
-from qlora_native.training import GraphedStep
+from qlora_native.training import GraphedStep, uses_chunked_loss
 
 SCHEDULER_NAME = "scheduler.pt"
 _STAGING = ".checkpoint-incomplete"
@@ -96,6 +96,9 @@ class AdapterTrainer(transformers.Trainer):
         self._ranks = ranks
         self._sharded = sharded
         self._evaluation_collator = collator
+        # How many are learned differs from batch to batch, which a graph could not follow.
+        takes_learned = uses_chunked_loss(model) and not graphed
+        self._not_for_the_model = {TOKENS} if takes_learned else {TOKENS, LEARNED}
         self._graphed = GraphedStep(self._step, self._trained()) if graphed else None
         if sharded:
             # It is in its places and reduces its gradients: nothing is to be put around it.
@@ -113,7 +116,7 @@ class AdapterTrainer(transformers.Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Forward and backward pass; adds to the gradients."""
-        batch = {name: value for name, value in inputs.items() if name != TOKENS}
+        batch = {n: value for n, value in inputs.items() if n not in self._not_for_the_model}
         if self._graphed is None:
             return super().training_step(model, batch, num_items_in_batch)
         return self._graphed({**batch, "num_items_in_batch": num_items_in_batch})

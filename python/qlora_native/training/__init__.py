@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from qlora_native.training.causal_lm import (
     UnsupportedModelError,
+    learned_tokens,
     restore_plain_loss,
     use_chunked_loss,
+    uses_chunked_loss,
 )
 from qlora_native.training.checkpointing import use_checkpointing
 from qlora_native.training.cross_entropy import chunked_cross_entropy, linear_cross_entropy
@@ -25,10 +27,12 @@ __all__ = [
     "best_fit",
     "check_isolation",
     "chunked_cross_entropy",
+    "learned_tokens",
     "linear_cross_entropy",
     "packed_row",
     "padding_share",
     "restore_plain_loss",
     "use_checkpointing",
     "use_chunked_loss",
+    "uses_chunked_loss",
 ]

@@ -55,6 +55,9 @@ def use_chunked_loss(
     `output_router_logits`, `return_dict=False`), the model computes what it always does: so does a
     Trainer with label smoothing, which takes the labels away from the model.
 
+    With `learned_tokens=learned_tokens(labels)` no other tokens go through the head: of
+    conversations whose answers are learned, that is a part of its work.
+
     Any head is right: a frozen dense one is multiplied twice, any other (4-bit, with adapters,
     trained) three times. That this model's logits are what is taken for them is tried on a few
     tokens first; a sharded model needs all its ranks for that.
@@ -89,6 +92,25 @@ def use_chunked_loss(
     model.forward = types.MethodType(forward, model)
 
 
+def uses_chunked_loss(model: nn.Module) -> bool:
+    """Whether `use_chunked_loss` was applied to a model, or to one under it."""
+    return any(_SETTINGS in vars(module) for module in model.modules())
+
+
+def learned_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Where the tokens are that predict a label, for `model(..., labels=, learned_tokens=)`.
+
+    To be called on the host, as a GPU would be waited for.
+
+    Args:
+        labels: int64 [batch, length].
+
+    Returns:
+        int64 [tokens], in the batch's rows laid one after another.
+    """
+    return (_shifted(labels, ignore_index) != ignore_index).flatten().nonzero()[:, 0]
+
+
 def restore_plain_loss(model: nn.Module) -> None:
     """Undoes `use_chunked_loss`; does nothing to a model that it was not applied to."""
     for module in model.modules():
@@ -104,11 +126,12 @@ def restore_plain_loss(model: nn.Module) -> None:
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     settings: _Settings = getattr(self, _SETTINGS)
     if not _chunks(self, settings, args, kwargs):
+        kwargs.pop("learned_tokens", None)
         return settings.plain_forward(*args, **kwargs)
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     labels = kwargs.pop("labels")
-    of_loss = ("num_items_in_batch", "shift_labels", "ignore_index")
+    of_loss = ("num_items_in_batch", "shift_labels", "ignore_index", "learned_tokens")
     loss_arguments = {name: kwargs.pop(name) for name in of_loss if name in kwargs}
     outputs = _base(self)(*args, **kwargs)
     loss = _loss(self, settings, outputs.last_hidden_state, labels, **loss_arguments)
@@ -142,16 +165,23 @@ def _loss(
     num_items_in_batch: Tensor | int | None = None,
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
+    learned_tokens: Tensor | None = None,
 ) -> Tensor:
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.to(hidden.device)
+    targets = _shifted(labels, ignore_index) if shift_labels is None else shift_labels
+    targets = targets.to(hidden.device)
+    if learned_tokens is not None:
+        index = learned_tokens.to(hidden.device)
+        hidden, targets = hidden.flatten(0, -2)[index], targets.flatten()[index]
     losses = _token_losses(model, settings, hidden, targets, ignore_index)
     if num_items_in_batch is None:
         return losses.sum() / (targets != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(losses.device)
     return losses.sum() / num_items_in_batch
+
+
+def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def _token_losses(
