@@ -1,8 +1,13 @@
 """Options of the whole test suite, and which tests share a process when there are several."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Processes of several tests share the cores: OpenMP threads that spin while they wait take them
+# from those that have work. Read when torch is loaded, also by processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Their tests share what they build.
 _ONE_PROCESS = ("docs", "install", "packaging")
