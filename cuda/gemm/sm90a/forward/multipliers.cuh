@@ -77,8 +77,9 @@ __device__ __forceinline__ void scale_and_multiply(const Shared<C>& shared, uint
   const bool leads = lane == 0;
   const uint32_t end_chunk = first_chunk + chunks;
   uint32_t a[2][16];
-  uint4 words[4];  // codes of the step after the next
   const auto decode = [&](int slot, int step, uint32_t(&to)[16]) {
+    uint4 words[4];
+    fragments.load(shared.codes(slot), step, words);
     const uint32_t scales_at = shared.scales(slot) + (step * kTileCols + row) * 8;
     const uint2 low = load_shared2(scales_at);
     const uint2 high = load_shared2(scales_at + 8 * 8);
@@ -89,14 +90,11 @@ __device__ __forceinline__ void scale_and_multiply(const Shared<C>& shared, uint
   RingPosition<C::kChunks> at{first_chunk};
   RingPosition<C::kBoxes> box_at{first_chunk * kChunkSteps};
   wait_barrier(shared.chunk_full(at.slot()), at.round());
-  fragments.load(shared.codes(at.slot()), 0, words);
   decode(at.slot(), 0, a[0]);
-  fragments.load(shared.codes(at.slot()), 1, words);
   wgmma_order(sums[0]);
   while (at.count < end_chunk) {
     const int slot = at.slot();
     ++at.count;
-    const bool has_next = at.count < end_chunk;
 #pragma unroll
     for (int step = 0; step < kChunkSteps; ++step) {
       const int box = box_at.slot();
@@ -116,19 +114,12 @@ __device__ __forceinline__ void scale_and_multiply(const Shared<C>& shared, uint
       ++box_at.count;
       if (step + 1 < kChunkSteps) {
         decode(slot, step + 1, a[(step + 1) % 2]);
-      } else if (has_next) {
-        decode(at.slot(), 0, a[0]);
-      }
-      if (step + 2 < kChunkSteps) {
-        fragments.load(shared.codes(slot), step + 2, words);
       } else {
-        if (step + 2 == kChunkSteps) {
-          __syncwarp();
-          if (leads) arrive(shared.chunk_empty(slot));
-          if (has_next) wait_barrier(shared.chunk_full(at.slot()), at.round());
-        }
-        if (has_next) {
-          fragments.load(shared.codes(at.slot()), step + 2 - kChunkSteps, words);
+        __syncwarp();
+        if (leads) arrive(shared.chunk_empty(slot));
+        if (at.count < end_chunk) {
+          wait_barrier(shared.chunk_full(at.slot()), at.round());
+          decode(at.slot(), 0, a[0]);
         }
       }
     }
