@@ -191,7 +191,7 @@ def _loss_and_gradient(
     logits = F.linear(rows, weight, bias)
     as_they_are = scale == 1.0 and softcap is None
     if as_they_are:
-        # One pass from 16 bits: fp32 logits are never written.
+        # Where torch has a kernel from 16 bits to fp32, fp32 logits are never written.
         log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
     else:
         transformed = transform_logits(logits, scale, softcap)
