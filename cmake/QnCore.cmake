@@ -2,7 +2,7 @@
 find_package(Threads REQUIRED)
 include(${PROJECT_SOURCE_DIR}/cpp/src/cpu/sources.cmake)
 
-add_library(qlora_native_objects OBJECT
+add_library(qlora_native_objects OBJECT EXCLUDE_FROM_ALL
   cpp/src/device.cpp cpp/src/registry.cpp cpp/src/validate.cpp cpp/src/version.cpp
   cpp/src/quantize.cpp cpp/src/dequantize.cpp cpp/src/matmul.cpp cpp/src/grouped_matmul.cpp
   cpp/src/lora.cpp cpp/src/validate_lora.cpp
@@ -31,7 +31,7 @@ if(QLORA_NATIVE_WITH_CUDA)
   target_compile_options(qlora_native_objects PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
   if(QLORA_NATIVE_CUDA_SM90A_SOURCES)
     # CUDA_ARCHITECTURES is a property of a target, hence a library of its own.
-    add_library(qlora_native_sm90a OBJECT ${QLORA_NATIVE_CUDA_SM90A_SOURCES})
+    add_library(qlora_native_sm90a OBJECT EXCLUDE_FROM_ALL ${QLORA_NATIVE_CUDA_SM90A_SOURCES})
     qn_configure_target(qlora_native_sm90a)
     set_target_properties(qlora_native_sm90a PROPERTIES
       CUDA_ARCHITECTURES 90a-real CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
@@ -62,6 +62,13 @@ if(NOT QLORA_NATIVE_SANITIZE)
 endif()
 set_target_properties(qlora_native_objects PROPERTIES
   CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON POSITION_INDEPENDENT_CODE ON)
+
+if(QLORA_NATIVE_CORE_OBJECTS)
+  include(${QLORA_NATIVE_CORE_OBJECTS})
+else()
+  file(GENERATE OUTPUT ${PROJECT_BINARY_DIR}/core_objects.cmake
+       CONTENT "set(core_objects \"${core_objects}\")\n")
+endif()
 
 # What both libraries have in common.
 function(qn_configure_library target kind)

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Where the core is built for these tests; kept, so that only what has changed is compiled again.
 BUILD = ROOT / "build" / "install"
-# The core compiles in the first test that needs it.
+# Where `make test` has compiled the same core for Python.
+PYTHON_BUILD = ROOT / "build" / "python"
+# The first test that needs the core builds it, and may have to compile it.
 LIMIT_S = 1800
 LIBRARIES = ("shared", "static")
 VERSION = re.search(
@@ -50,10 +52,24 @@ def run(*command: object, **options) -> str:
     return result.stdout
 
 
+def compiled_objects() -> str:
+    """Return the list of the core's objects of `make test`, brought up to date, or ""."""
+    listing, cache = PYTHON_BUILD / "core_objects.cmake", PYTHON_BUILD / "CMakeCache.txt"
+    if not listing.is_file() or "/no_cuda/backend.cpp" not in listing.read_text():
+        return ""
+    if not {"CMAKE_BUILD_TYPE:STRING=Release", "QLORA_NATIVE_SANITIZE:STRING="} <= set(
+        cache.read_text().splitlines()
+    ):
+        return ""
+    run("cmake", "--build", PYTHON_BUILD, "--target", "qlora_native_objects")
+    return str(listing)
+
+
 def build_core() -> Path:
     """Build both libraries, without CUDA; return the build folder."""
     need("cmake", "g++")
     options = ["-DQLORA_NATIVE_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Release"]
+    options.append(f"-DQLORA_NATIVE_CORE_OBJECTS={compiled_objects()}")
     if not (BUILD / "CMakeCache.txt").is_file() and shutil.which("ninja"):
         options.append("-GNinja")
     run("cmake", "-S", ROOT, "-B", BUILD, *options)
