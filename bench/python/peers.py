@@ -281,17 +281,19 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(options)
     head = report.machine(bench.device, bench.ceilings)
     print("\n".join(report.head_lines(head)), flush=True)
+    targets = [options.json] if options.json else []
+    if options.save:
+        targets.append(records.RESULTS / f"{report.slug(head)}.json")
     for mode in bench.modes:
         bench.use(mode)
         for shape in options.shapes:
             done = len(bench.records)
             bench.run(shape)
             print("\n" + report.tables(bench.records[done:]), flush=True)
-    targets = [options.json] if options.json else []
-    if options.save:
-        targets.append(records.RESULTS / f"{report.slug(head)}.json")
+            # After every shape: a run that is cut short keeps what it has measured.
+            for target in targets:
+                report.write_json(target, {**head, "records": bench.records})
     for target in targets:
-        report.write_json(target, {**head, "records": bench.records})
         print(f"\nwrote {target}")
     return 0
 
