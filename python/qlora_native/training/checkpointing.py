@@ -84,9 +84,10 @@ def _is_kept(operator: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _is_narrow(args: tuple[Any, ...]) -> bool:
-    """Whether a 4-bit layer's output is not wider than its input, which is its first argument."""
-    packed = [t.numel() for t in _tensors(args) if t.dtype == torch.uint8]
-    width = args[0].shape[-1]
+    """Whether a 4-bit layer's output is not wider than its input, which is its first tensor."""
+    tensors = list(_tensors(args))
+    packed = [t.numel() for t in tensors if t.dtype == torch.uint8]
+    width = tensors[0].shape[-1]
     # The codes, two to a byte, are the largest of a layer's bytes.
     return bool(packed) and 2 * max(packed) <= width * width
 
