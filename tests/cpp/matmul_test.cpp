@@ -223,7 +223,7 @@ TEST_P(Matmul, EveryTypeAndDtype) {
   uint32_t seed = 200;
   for (const Codebook& book : {kNF4, kFP4, kINT4, uneven_codebook()}) {
     for (const DType dtype : kAllDTypes) {
-      for (const int64_t m : {1, 6, 18}) {
+      for (const int64_t m : {1, 6, 18, 70, 130}) {
         expect_every_kernel_accurate({{24, 128, 64, book, true}, m, dtype, transposed()}, ++seed);
       }
     }

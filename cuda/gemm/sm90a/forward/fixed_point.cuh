@@ -1,17 +1,26 @@
 // Code values in fixed point, two in a word: what a table of 16-bit floats would lose of them is not lost.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "device/pair_table.cuh"
+#include "qlora_native/codebook.h"
 
 namespace qlora_native::cuda::sm90a::forward {
 
 // Values in fixed point of 15 bits: in the second and third byte of a float whose highest is 0x43 they are
-// 128 + u / 256, that is kFixedZero + kFixedOne * value. All named codebooks but NF4 are exact, NF4's values lose
-// 0.0044% (root of the mean square over normal weights, relative).
-constexpr float kFixedOne = 63.75f;  // 85 * 192 / 256: FP4's values are multiples of 1 / 192
+// 128 + u / 256, that is kFixedZero + kFixedOne * value. FP4's values, multiples of 1 / 192, and INT4's, of 1 / 7, are
+// exact, NF4's lose 0.0053% (root of the mean square over normal weights, relative).
+constexpr float kFixedOne = 52.5f;  // 10 * 192 * 7 / 256
 constexpr float kFixedZero = 192.0f;
+
+constexpr bool fit_fixed_point(const Codebook& codebook) {
+  return std::all_of(codebook.values, codebook.values + 16, [](float value) {
+    return 128.0f <= kFixedZero + kFixedOne * value && kFixedZero + kFixedOne * value < 255.5f;
+  });
+}
+static_assert(fit_fixed_point(kNF4) && fit_fixed_point(kFP4) && fit_fixed_point(kINT4));
 
 __device__ __forceinline__ uint32_t fixed_point(float value) {
   return static_cast<uint32_t>(__float2int_rn(value * (kFixedOne * 256.0f)) + 64 * 256);

@@ -43,6 +43,10 @@ struct Config {
   static constexpr int kThreads = (kMultipliers + 1) * kWarpgroup;
   static constexpr int kMultiplierRegisters = kScalesWeights ? (kTokens == 256 ? 216 : 208) : 104;
   static constexpr int kCopierRegisters = kScalesWeights ? (kTokens == 256 ? 72 : 88) : 64;
+  /// What a thread has at the start: setmaxnreg deals out no more.
+  static constexpr int kEvenRegisters = kTeams == 1 ? 168 : 96;
+  static_assert(kMultipliers * kMultiplierRegisters + kCopierRegisters ==
+                (kMultipliers + 1) * kEvenRegisters);
   static constexpr int kSums = kTokens / 2;
   using Sums = float[1][kSums];
   static constexpr int kBoxBytes = kTokens * kPanelRowBytes;

@@ -53,7 +53,10 @@ __device__ __forceinline__ void multiply_and_scale(const Shared<C>& shared, uint
         wgmma_registers<T, true>(part, a + 4 * j, b + j * kPanelStep16<false>);
       }
       wgmma_commit();
-      if (i == 1 && leads) arrive(shared.chunk_empty(slot));
+      if (i + 1 == kChunkSteps / C::kTeams) {
+        __syncwarp();
+        if (leads) arrive(shared.chunk_empty(slot));
+      }
       wgmma_wait<0>();
       wgmma_order(part);
       if (leads) arrive(shared.box_empty(box));

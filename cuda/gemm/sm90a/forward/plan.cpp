@@ -30,7 +30,7 @@ GemmForwardPlan plan_gemm_forward(const GemmForwardProblem& problem) {
   const int64_t col_tiles = ceil_div(problem.cols, kGemmForwardTileCols);
   const int64_t chunks = ceil_div(problem.depth, kGemmForwardChunk);
   const int64_t total = row_tiles * col_tiles * chunks;
-  const int64_t grid = std::clamp<int64_t>(total, 1, problem.processors);
+  const int64_t grid = std::max<int64_t>(std::min(total, problem.processors), 1);
   plan.col_tiles = static_cast<int>(col_tiles);
   plan.row_tiles = static_cast<int>(row_tiles);
   plan.row_group = static_cast<int>(std::min(row_tiles, kRowGroup));
