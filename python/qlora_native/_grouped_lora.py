@@ -35,8 +35,10 @@ class GroupedLora(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         wants_dx, _, wants_da, wants_db, _ = wanted = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * len(wanted)
         results = iter(
             _run(
                 _grouped_lora_ops.backward,

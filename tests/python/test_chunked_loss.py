@@ -285,3 +285,27 @@ def test_trainer_over_peft_learns_the_same(tmp_path, options):
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
     for name, value in runs[0][1].items():
         torch.testing.assert_close(runs[1][1][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_loss_for_routers_that_is_asked_for_later_is_there():
+    model = tiny("mixtral").train()
+    model.config.router_aux_loss_coef = 1.0
+    ids = torch.arange(24).view(2, 12)
+    use_chunked_loss(model)
+    model.config.output_router_logits = True
+    found = model(input_ids=ids, labels=ids).loss
+    restore_plain_loss(model)
+    assert found.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_a_loaded_model_says_what_it_runs(tmp_path):
+    model = tiny("llama").train()
+    use_chunked_loss(model)
+    assert uses_chunked_loss(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    ids = torch.arange(24).view(2, 12)
+    has_logits = loaded(input_ids=ids, labels=ids).logits is not None
+    assert uses_chunked_loss(loaded) != has_logits
+    use_chunked_loss(loaded)
+    assert loaded(input_ids=ids, labels=ids).logits is None

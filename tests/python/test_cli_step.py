@@ -217,3 +217,10 @@ def test_a_run_of_before_these_options_goes_on(folder, tmp_path):
     assert json.loads((output / "report.json").read_text())["steps"] == 2
     result = run_cli("finetune", "--config", file, "--resume", "--packing", "rows")
     assert result.code == 2 and "--packing was auto and is now rows" in result.err
+
+
+def test_dropout_is_found_under_every_name():
+    config = types.SimpleNamespace(
+        to_dict=lambda: {"hidden_dropout_prob": 0.1, "resid_pdrop": 0.2, "dropout": 0.0, "size": 8}
+    )
+    assert step._dropouts(config) == [("hidden_dropout_prob", 0.1), ("resid_pdrop", 0.2)]

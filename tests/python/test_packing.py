@@ -173,3 +173,21 @@ def test_models_that_do_not_keep_sequences_apart_are_found():
 
     with pytest.raises(LeakError, match="is not computed as alone"):
         check_isolation(Displaced(tiny("llama", use_cache=False).config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_round_differently_with_other_tokens_and_keep_sequences_apart(dtype):
+    model = tiny("mixtral").to(dtype)
+    qn.quantize_model(model)
+    model.config.use_cache = False
+    check_isolation(model)
+
+
+def test_the_modes_of_a_models_parts_are_what_they_were():
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    model.config.use_cache = False
+    check_isolation(model)
+    use_chunked_loss(model)
+    assert [module.training for module in model.modules()] == before

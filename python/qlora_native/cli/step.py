@@ -98,7 +98,7 @@ def apply_checkpointing(model: nn.Module, options: FinetuneOptions) -> str:
 
 def _dropouts(config: Any) -> list[tuple[str, float]]:
     values = config.to_dict().items()
-    return [(n, v) for n, v in values if n.endswith(("dropout", "pdrop")) and v]
+    return [(n, v) for n, v in values if ("dropout" in n or n.endswith("pdrop")) and v]
 
 
 def apply_loss(model: nn.Module, options: FinetuneOptions) -> str:

@@ -18,6 +18,7 @@ from qlora_native.training.cross_entropy import (
     linear_cross_entropy,
     transform_logits,
 )
+from qlora_native.training.modes import in_evaluation_mode
 
 _SETTINGS = "_qlora_native_chunked_loss"
 _SCALES = {
@@ -89,12 +90,14 @@ def use_chunked_loss(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _forward(self, *args, **kwargs)
 
+    setattr(forward, _SETTINGS, True)
     model.forward = types.MethodType(forward, model)
 
 
 def uses_chunked_loss(model: nn.Module) -> bool:
     """Whether `use_chunked_loss` was applied to a model, or to one under it."""
-    return any(_SETTINGS in vars(module) for module in model.modules())
+    # A model that was pickled has the settings, but the forward of its class.
+    return any(getattr(vars(module).get("forward"), _SETTINGS, False) for module in model.modules())
 
 
 def learned_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -120,7 +123,7 @@ def restore_plain_loss(model: nn.Module) -> None:
         if settings.had_own_forward:
             module.forward = settings.plain_forward
         else:
-            del module.forward
+            vars(module).pop("forward", None)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +157,8 @@ def _chunks(model: Any, settings: _Settings, args: Any, kwargs: dict[str, Any]) 
         and keep == 0
         and kwargs.get("return_dict") is not False
         and not kwargs.get("output_router_logits")
+        # It may have been set since: the routers' loss is not in the chunks'.
+        and not getattr(model.config, "output_router_logits", False)
     )
 
 
@@ -270,16 +275,13 @@ def _probe(model: Any, settings: _Settings) -> None:
     if device.type == "meta":
         return
     ids = torch.arange(_PROBE_TOKENS, device=device)[None] % model.config.vocab_size
-    was_training = model.training
-    model.eval()
     try:
-        expected = model(input_ids=ids, labels=ids, use_cache=False)
-        # Through the model itself: its hooks place what is split or offloaded.
-        found = _run_in_place_of_forward(model, _probed, settings, ids)
+        with in_evaluation_mode(model):
+            expected = model(input_ids=ids, labels=ids, use_cache=False)
+            # Through the model itself: its hooks place what is split or offloaded.
+            found = _run_in_place_of_forward(model, _probed, settings, ids)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise UnsupportedModelError(f"{name} cannot be tried on a few tokens: {error}") from error
-    finally:
-        model.train(was_training)
     logits, loss = found
     allowed = _PROBE_TOLERANCE * expected.logits.float().abs().max().item()
     apart = (logits - expected.logits.float()).abs().max().item()

@@ -77,6 +77,13 @@ def linear_cross_entropy(
     return losses.view(labels.shape)
 
 
+def _keeps_random(hidden: Tensor) -> bool:
+    """Whether a rerun can draw the same random numbers: a CUDA graph that records cannot be asked."""
+    if torch.compiler.is_compiling() or not hidden.is_cuda:
+        return True
+    return not torch.cuda.is_current_stream_capturing()
+
+
 def chunked_cross_entropy(
     head: Callable[[Tensor], Tensor],
     vocabulary: int,
@@ -107,7 +114,10 @@ def chunked_cross_entropy(
 
     parts = zip(rows.split(chunk), targets.split(chunk), strict=True)
     if torch.is_grad_enabled():
-        found = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+        found = [
+            checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=_keeps_random(hidden))
+            for part in parts
+        ]
     else:
         found = [losses(*part) for part in parts]
     return torch.cat(found).view(labels.shape)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_native.training.modes import in_evaluation_mode
+
 IGNORED = -100
 """The label of a token that is not learned."""
 
@@ -108,8 +110,8 @@ class LeakError(ValueError):
 def check_isolation(model: nn.Module) -> None:
     """Tries on a few tokens whether a model keeps the sequences of a row apart.
 
-    The logits of a sequence must not change at all with what lies before it in its row, and must be
-    those of the sequence alone. A sharded model needs all its ranks for that.
+    The logits of a sequence must not change with what lies before it in its row, and must be those of
+    the sequence alone, up to rounding. A sharded model needs all its ranks for that.
 
     Raises:
         LeakError: it does not; the message says what was seen.
@@ -122,26 +124,27 @@ def check_isolation(model: nn.Module) -> None:
     other = torch.cat([(ids[:first] + 1) % vocabulary, ids[first:]])
     positions = torch.cat([torch.arange(first), torch.arange(second)])
 
+    # Two rows, as some kinds of attention keep sequences apart in one only.
     def logits(tokens: Tensor, **arguments: Any) -> Tensor:
-        output = model(input_ids=tokens[None].to(device), **arguments)
-        return output.logits[0, -second:]
+        output = model(input_ids=tokens.expand(2, -1).to(device), **arguments)
+        return output.logits[:, -second:]
 
-    was_training = model.training
-    model.eval()
     try:
-        placed = {"position_ids": positions[None].to(device)}
-        packed, beside_others = logits(ids, **placed), logits(other, **placed)
-        alone = logits(ids[first:])
+        with in_evaluation_mode(model):
+            placed = {"position_ids": positions.expand(2, -1).to(device)}
+            packed, beside_others = logits(ids, **placed), logits(other, **placed)
+            alone = logits(ids[first:])
     except (RuntimeError, TypeError, ValueError) as error:
         raise LeakError(f"{name} does not run on packed sequences: {error}") from error
-    finally:
-        model.train(was_training)
-    if not torch.equal(packed, beside_others):
+    # Not equal bits: with other tokens, experts get other numbers of rows, and kernels round otherwise.
+    tolerance = _PROBE_TOLERANCES.get(packed.dtype, _PROBE_TOLERANCE_16_BITS)
+    allowed = tolerance * alone.float().abs().max().item()
+    apart = (packed.float() - beside_others.float()).abs().max().item()
+    if not apart <= allowed:
         raise LeakError(
-            f"in {name} a sequence sees the one before it in its row "
+            f"in {name} a sequence sees the one before it in its row: {apart:.3g} apart "
             f"(config.use_cache is {getattr(model.config, 'use_cache', None)})"
         )
-    tolerance = _PROBE_TOLERANCES.get(packed.dtype, _PROBE_TOLERANCE_16_BITS)
     apart = (packed.float() - alone.float()).abs().max().item()
-    if not apart <= tolerance * alone.float().abs().max().item():
+    if not apart <= allowed:
         raise LeakError(f"in {name} a packed sequence is not computed as alone: {apart:.3g} apart")
