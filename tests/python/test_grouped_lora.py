@@ -388,21 +388,3 @@ def test_a_graph_holds_a_step_and_replays_it_with_other_groups(dtype):
         ends.copy_(torch.tensor(groups))
         graph.replay()
         assert_close(results, reference(x, ends, a, b, dy), dtype)
-
-
-def test_an_output_that_nothing_depends_on():
-    class Nothing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, dy):
-            return None
-
-    x = torch.randn(5, 8, requires_grad=True)
-    a, b = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 4, 3, requires_grad=True)
-    y = grouped_lora(x, torch.tensor([2, 5]), a, b, 1.0)
-    (Nothing.apply(y).sum() + x.sum()).backward()
-    assert a.grad is None and b.grad is None
-    torch.testing.assert_close(x.grad, torch.ones_like(x))

@@ -78,7 +78,7 @@ def linear_cross_entropy(
 
 
 def _keeps_random(hidden: Tensor) -> bool:
-    """Whether a rerun can draw the same random numbers: a CUDA graph that records cannot be asked."""
+    """Whether a rerun can draw the same random numbers: not while a CUDA graph records."""
     if torch.compiler.is_compiling() or not hidden.is_cuda:
         return True
     return not torch.cuda.is_current_stream_capturing()

@@ -110,8 +110,8 @@ class LeakError(ValueError):
 def check_isolation(model: nn.Module) -> None:
     """Tries on a few tokens whether a model keeps the sequences of a row apart.
 
-    The logits of a sequence must not change with what lies before it in its row, and must be those of
-    the sequence alone, up to rounding. A sharded model needs all its ranks for that.
+    The logits of a sequence must not change with what lies before it in its row, and must be those
+    of the sequence alone, up to rounding. A sharded model needs all its ranks for that.
 
     Raises:
         LeakError: it does not; the message says what was seen.
@@ -136,7 +136,7 @@ def check_isolation(model: nn.Module) -> None:
             alone = logits(ids[first:])
     except (RuntimeError, TypeError, ValueError) as error:
         raise LeakError(f"{name} does not run on packed sequences: {error}") from error
-    # Not equal bits: with other tokens, experts get other numbers of rows, and kernels round otherwise.
+    # Not equal bits: with other tokens, experts get other numbers of rows, and round otherwise.
     tolerance = _PROBE_TOLERANCES.get(packed.dtype, _PROBE_TOLERANCE_16_BITS)
     allowed = tolerance * alone.float().abs().max().item()
     apart = (packed.float() - beside_others.float()).abs().max().item()
