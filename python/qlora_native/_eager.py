@@ -113,6 +113,33 @@ is_plain = OPS.is_plain if OPS.has_exchange_api else _is_plain
 """Whether nothing wants to see operators, and each tensor is what its memory on a CPU or a CUDA
 device holds: the operator's kernel may then be called by itself, if no gradient is needed."""
 
+_TRACING_MODES = tuple(
+    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
+)
+
+
+def is_transformed() -> bool:
+    """Whether operations are traced or transformed, and not only observed as by a profiler."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
+        )
+    )
+
+
+def is_ordinary(*tensors: torch.Tensor | None) -> bool:
+    """`is_plain` whoever observes: what autograd records must not depend on observers.
+
+    Else a checkpoint of which only the recomputation is profiled would save other tensors then.
+    """
+    return is_plain(*tensors) or (
+        not is_transformed() and all(t is None or _is_ordinary(t) for t in tensors)
+    )
+
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """Return x as torch's linear would take it."""

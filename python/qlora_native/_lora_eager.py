@@ -1,9 +1,9 @@
-"""Layers with adapters in eager calls that need gradients and that nothing of torch has to see.
+"""Layers with adapters in eager calls that need gradients and that nothing traces or transforms.
 
 The Function of `_lora_autograd` in another form, for what it costs the host: it is bound to no
 signature, has few arguments, and each pass is one call of C++ (`_C.EagerOps`), which multiplies by
 torch's products or by the core's kernels. What C++ does not take, where it answers None, goes the
-other form's way.
+other form's way: so observers see the operators, and autograd records the same with and without.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qlora_native._lora_layers import Layer
 from qlora_native._lora_ops import NO_DROPOUT, host_dropout
 from qlora_native._weight import operator_parts
 
-_is_plain = _eager.is_plain
+_is_ordinary = _eager.is_ordinary
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _forward = _eager.OPS.lora_forward
 _backward = _eager.OPS.lora_backward
@@ -128,7 +128,7 @@ def linear_4bit_lora(
         x, bias, a, b, scaling: as `functional.linear_4bit_lora` takes them, checked or not.
         weight: what `operator_parts` takes.
     """
-    if not _is_plain(x, bias, a, b):
+    if not _is_ordinary(x, bias, a, b):
         return None
     if _is_autocast_enabled():
         x = _eager.autocast(x)
@@ -154,7 +154,7 @@ def linear_4bit_lora_group(
     The layers' weights are what `operator_parts` takes.
     """
     seen = [x, *bias, *(part for layer in layers for part in layer[:2])]
-    if _eager.is_traced() or not _eager.needs_grad(*seen) or not _eager.is_plain(*seen):
+    if _eager.is_traced() or not _eager.needs_grad(*seen) or not _is_ordinary(*seen):
         layers = [layer._replace(weight=operator_parts(layer.weight)) for layer in layers]
         return _lora_autograd.linear_4bit_lora(x, rng, dropout_p, bias, layers)
     _checks.check_dropout(dropout_p, rng)

@@ -1,11 +1,14 @@
 """Steps of adapted layers around torch's dispatcher: which they are, and that none is different."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_native as qn
 from _eager_calls import calls_of, needs_table
@@ -23,7 +26,19 @@ SETTINGS = [
 ]
 
 
-class Everything(TorchFunctionMode):
+class Everything(TorchDispatchMode):
+    """Wants to see every operator of both passes, and changes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
     """Wants to see every function, and changes none."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -251,6 +266,43 @@ def test_checkpointing(device, reentrant, dropout):
     y.square().sum().backward()
     # Without gradients, as a reentrant checkpoint calls it first, another kernel may compute y.
     assert_same([leaf.grad for leaf in leaves], expected)
+
+
+OBSERVERS = [
+    Everything,
+    Functions,
+    lambda: FlopCounterMode(display=False),
+    lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+]
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_one_pass_of_a_checkpoint_may_be_observed(device, observer, dropout):
+    layer = adapted(device, dropout=dropout)
+    x = torch.randn(4, 128, device=device, requires_grad=True)
+    leaves = leaves_of(layer, x)
+    torch.manual_seed(2)
+    expected = torch.autograd.grad(layer(x).square().sum(), leaves)
+    for watched in ("forward", "backward"):
+        for leaf in leaves:
+            leaf.grad = None
+        torch.manual_seed(2)
+        with observer() if watched == "forward" else contextlib.nullcontext():
+            y = checkpoint(layer, x, use_reentrant=False)
+        with observer() if watched == "backward" else contextlib.nullcontext():
+            y.square().sum().backward()
+        assert_same([leaf.grad for leaf in leaves], expected)
+
+
+def test_a_dispatch_mode_sees_the_operators(device):
+    layer, x = adapted(device), torch.randn(4, 128, device=device, requires_grad=True)
+    with Everything() as everything:
+        step(layer, x)
+    ops = torch.ops.qlora_native
+    assert {ops.linear_4bit_lora.default, ops.linear_4bit_lora_backward.default} <= set(
+        everything.seen
+    )
 
 
 def test_hooks_see_what_they_should(device):

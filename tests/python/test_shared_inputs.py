@@ -2,11 +2,13 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_native as qn
 from _eager_calls import needs_table
@@ -150,6 +152,21 @@ def test_checkpointing(device, groups, reentrant):
         assert_same(step(model, x), expected)
     # A reentrant checkpoint has gradients in the second run only.
     assert groups == [3] * (4 if reentrant else 8)
+
+
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_one_pass_of_a_checkpoint_may_be_observed(groups, watched):
+    x, model = input_of(), net()
+    expected = step(model, x)
+    shared(model)
+    model.zero_grad()
+    x.grad = None
+    with FlopCounterMode(display=False) if watched == "forward" else nullcontext():
+        y = checkpoint(model, x, use_reentrant=False)
+    with FlopCounterMode(display=False) if watched == "backward" else nullcontext():
+        y.square().sum().backward()
+    assert_same({"x": x.grad}, {"x": expected["x"]})
+    assert groups == [3] * 4
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, "pickled"])

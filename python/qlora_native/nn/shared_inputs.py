@@ -165,7 +165,7 @@ class Together:
     ) -> dict[nn.Module, tuple[LowRank, Tensor]]:
         bases: list[Linear4bit] = []
         adapters: list[LowRank] = []
-        if not _eager.is_plain(x, adapter.a, adapter.b):
+        if not _eager.is_ordinary(x, adapter.a, adapter.b):
             return {}
         for layer in self.layers:
             other = layer._modules["base_layer"]
@@ -197,7 +197,7 @@ def _ready(layer: nn.Module, base: Linear4bit, x: Tensor) -> list[LowRank] | Non
         is_dropping
         or not is_one_operation(base, x, adapter)
         or eager_weight(base) is None
-        or not _eager.is_plain(adapter.a, adapter.b)
+        or not _eager.is_ordinary(adapter.a, adapter.b)
     ):
         return None
     return adapters
