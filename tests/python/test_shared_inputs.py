@@ -280,12 +280,64 @@ def test_what_changes_between_the_calls_is_honoured(groups):
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
 
 
-def test_layers_of_different_inputs_are_computed_together_once(groups):
-    class Cross(Attention):
-        def forward(self, x):
-            q, k, v = self.q_proj(x), self.k_proj(x * 2), self.v_proj(x * 3)
-            return x + self.o_proj(torch.tanh(q) * torch.cat([k, v.sigmoid()], dim=-1))
+class Cross(Attention):
+    """Queries have another input than keys and values."""
 
+    def forward(self, x):
+        q, k, v = self.q_proj(x), self.k_proj(x * 2), self.v_proj(x * 3)
+        return x + self.o_proj(torch.tanh(q) * torch.cat([k, v.sigmoid()], dim=-1))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_checkpoint_of_layers_of_different_inputs_repeats_them(groups, warm):
+    x, model, expected = input_of(), net(), net()
+    for one in (model, expected):
+        for block in one.blocks:
+            block.__class__ = Cross
+    wanted = step(expected, x)
+    shared(model)
+    if warm:
+        step(model, x)
+        groups.clear()
+    for _ in range(2):
+        model.zero_grad()
+        x.grad = None
+        y = checkpoint(model, x, use_reentrant=False)
+        model(x)  # which learns that the inputs are different
+        y.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        assert_same({"y": y.detach(), "x": x.grad} | gradients, wanted)
+    # Each forward pass and recomputation, and the first call without a checkpoint.
+    assert groups == ([] if warm else [3] * (2 * 4 + 2))
+
+
+def test_a_checkpoint_within_the_holder_repeats_its_layers_alone(groups):
+    class Inner(Attention):
+        def forward(self, x):
+            q = self.q_proj(x)
+            return self.o_proj(checkpoint(self.rest, x, q, use_reentrant=False))
+
+        def rest(self, x, q):
+            return torch.tanh(q) * torch.cat([self.k_proj(x), self.v_proj(x).sigmoid()], dim=-1)
+
+    class Whole(Inner):
+        def forward(self, x):
+            return self.o_proj(checkpoint(self.all, x, use_reentrant=False))
+
+        def all(self, x):
+            return self.rest(x, self.q_proj(x))
+
+    for cls in (Inner, Whole):
+        x, model, expected = input_of(), net(), net()
+        for one in (model, expected):
+            for block in one.blocks:
+                block.__class__ = cls
+        shared(model)
+        for _ in range(2):
+            assert_same(step(model, x), step(expected, x))
+
+
+def test_layers_of_different_inputs_are_computed_together_once(groups):
     x, model, expected = input_of(), net(), net()
     for one in (model, expected):
         for block in one.blocks:

@@ -29,9 +29,15 @@ def share_inputs(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> 
 
     For layers of `add_lora` and of PEFT over a Linear4bit, in eager steps with gradients. A layer
     goes on by itself whenever it could make a difference: under hooks, with dropout, with no or
-    several adapters, in compiled graphs, without gradients. Layers that turn out to have different
-    inputs are computed together once and then no more. Results differ by rounding; the adapters of
-    a layer whose output is not used get gradients of zero in place of None.
+    several adapters, in compiled graphs, without gradients, in a checkpoint that begins inside of
+    the module that holds the layers. Results differ by rounding; the adapters of a layer whose
+    output is not used get gradients of zero in place of None.
+
+    Layers that turn out to have different inputs, as in cross attention, are computed together once
+    and then no more. Not so under hooks for saved tensors, as within `torch.utils.checkpoint`: a
+    recomputation has to repeat its forward pass, so what held in the first such call holds for
+    good, and results that nobody takes cost time in every step. Let `groups` name layers of one
+    input alone, or have one step without checkpointing first.
 
     Call it again when adapters have been added or replaced. The modules that hold the layers get
     hooks; what they return does not change.
@@ -102,7 +108,8 @@ def _end(parent: nn.Module, args: Any, output: Any) -> None:
 class _Ahead:
     """What a thread's call of the parent has computed for layers that are still to be called."""
 
-    def __init__(self) -> None:
+    def __init__(self, hooks: Any) -> None:
+        self.hooks = hooks
         self.x: Tensor | None = None
         self.version = 0
         self.is_autocast = False
@@ -122,17 +129,26 @@ class Together:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.layers: tuple[nn.Module, ...] = state["layers"]
         self.is_off = False
+        self._is_off_under_hooks: bool | None = None
         self._thread = threading.local()
 
     def begin(self) -> None:
         """Starts a call of the parent on this thread."""
-        self._thread.ahead = None if self.is_off else _Ahead()
+        hooks = _saved_tensors_hooks()
+        is_off = self.is_off
+        if hooks is not None:
+            # Perhaps a checkpoint's: its recomputation, whenever it comes, has to do the same.
+            if self._is_off_under_hooks is None:
+                self._is_off_under_hooks = is_off
+            is_off = self._is_off_under_hooks
+        self._thread.ahead = None if is_off else _Ahead(hooks)
 
     def end(self) -> None:
         """Ends it. Outputs that nobody took say that the layers do not belong together."""
         ahead = getattr(self._thread, "ahead", None)
         self._thread.ahead = None
-        self.is_off = self.is_off or (ahead is not None and bool(ahead.outputs))
+        if ahead is not None and ahead.hooks is None and ahead.outputs:
+            self.is_off = True
 
     def output(self, base: Linear4bit, x: Tensor, inner: Tensor, adapter: LowRank) -> Tensor | None:
         """y of `base` and its adapter, or None: it is to be computed alone.
@@ -142,8 +158,8 @@ class Together:
             inner: the same in the dtype of the products.
         """
         ahead = getattr(self._thread, "ahead", None)
-        if ahead is None:
-            return None
+        if ahead is None or not _are_same_hooks(ahead.hooks, _saved_tensors_hooks()):
+            return None  # the latter: a checkpoint within the parent, which recomputes without it
         if ahead.x is None:
             ahead.x, ahead.version = x, x._version
             ahead.is_autocast = torch._C._is_any_autocast_enabled()
@@ -201,6 +217,17 @@ def _ready(layer: nn.Module, base: Linear4bit, x: Tensor) -> list[LowRank] | Non
     ):
         return None
     return adapters
+
+
+def _saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """The pair of functions through which autograd saves tensors now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _are_same_hooks(one: tuple[Any, Any] | None, other: tuple[Any, Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one[0] is other[0] and one[1] is other[1]
 
 
 def _is_same(one: LowRank, other: LowRank) -> bool:
