@@ -349,20 +349,43 @@ def test_layers_of_different_inputs_are_computed_together_once(groups):
     assert groups == [3, 3]
 
 
-def test_an_error_leaves_nothing_behind(groups):
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_an_error_leaves_nothing_behind(groups, error):
     x, model = input_of(), shared(net())
     block = model.blocks[0]
 
     def fail():
-        raise KeyError("between")
+        raise error("between")
 
     block.between = fail
-    with pytest.raises(KeyError):
+    with pytest.raises(error):
         model(x)
     together = block.q_proj.base_layer._together
-    assert together._thread.ahead is None
     del block.between
+    if error is KeyboardInterrupt:  # torch runs no hooks: the next call forgets, if only to infer
+        with torch.no_grad():
+            block(x)
+    assert together._thread.ahead is None
+    groups.clear()
     assert_same(step(model, x), step(net(), x))
+    assert groups == [3, 3]
+
+
+def test_inputs_of_inference_are_multiplied_alone(groups):
+    model, expected = net(), net()
+    for one in (model, expected):
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+    shared(model)
+    with torch.inference_mode():
+        x = input_of().detach()
+    results = []
+    for one in (model, expected):
+        y = one(x)
+        y.square().sum().backward()
+        results.append({n: p.grad for n, p in one.named_parameters() if "lora_B" in n} | {"y": y})
+    assert_same(*results)
+    assert groups == [3]  # the second block's, whose input is ordinary
 
 
 def test_outside_of_its_holder_a_layer_is_by_itself(groups):

@@ -94,7 +94,7 @@ def _adapted_children(parent: nn.Module, names: Sequence[str]) -> list[nn.Module
 
 
 def _begin(parent: nn.Module, args: Any) -> None:
-    if not is_traced() and torch.is_grad_enabled():
+    if not is_traced():
         for group in parent.__dict__[_GROUPS][0]:
             group.begin()
 
@@ -102,7 +102,7 @@ def _begin(parent: nn.Module, args: Any) -> None:
 def _end(parent: nn.Module, args: Any, output: Any) -> None:
     if not is_traced():
         for group in parent.__dict__[_GROUPS][0]:
-            group.end()
+            group.end(has_returned=output is not None)
 
 
 class _Ahead:
@@ -133,7 +133,13 @@ class Together:
         self._thread = threading.local()
 
     def begin(self) -> None:
-        """Starts a call of the parent on this thread."""
+        """Starts a call of the parent on this thread.
+
+        Forgets one that an interrupt, on which hooks do not run, has left without its end.
+        """
+        self._thread.ahead = None
+        if not torch.is_grad_enabled():
+            return
         hooks = _saved_tensors_hooks()
         is_off = self.is_off
         if hooks is not None:
@@ -141,13 +147,17 @@ class Together:
             if self._is_off_under_hooks is None:
                 self._is_off_under_hooks = is_off
             is_off = self._is_off_under_hooks
-        self._thread.ahead = None if is_off else _Ahead(hooks)
+        if not is_off:
+            self._thread.ahead = _Ahead(hooks)
 
-    def end(self) -> None:
-        """Ends it. Outputs that nobody took say that the layers do not belong together."""
+    def end(self, has_returned: bool) -> None:
+        """Ends it. Outputs that nobody took say that the layers do not belong together.
+
+        Unless it raised an error: the others might have been called.
+        """
         ahead = getattr(self._thread, "ahead", None)
         self._thread.ahead = None
-        if ahead is not None and ahead.hooks is None and ahead.outputs:
+        if has_returned and ahead is not None and ahead.hooks is None and ahead.outputs:
             self.is_off = True
 
     def output(self, base: Linear4bit, x: Tensor, inner: Tensor, adapter: LowRank) -> Tensor | None:
@@ -160,6 +170,8 @@ class Together:
         ahead = getattr(self._thread, "ahead", None)
         if ahead is None or not _are_same_hooks(ahead.hooks, _saved_tensors_hooks()):
             return None  # the latter: a checkpoint within the parent, which recomputes without it
+        if x.is_inference():  # such a tensor does not tell whether it has changed
+            return None
         if ahead.x is None:
             ahead.x, ahead.version = x, x._version
             ahead.is_autocast = torch._C._is_any_autocast_enabled()
