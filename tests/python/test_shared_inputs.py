@@ -1,7 +1,9 @@
 """share_inputs: layers of one input are computed together, and nothing else is different."""
 
 import copy
+import gc
 import io
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -187,6 +189,40 @@ def test_copies_have_groups_of_their_own(groups, copied):
     assert groups == [3, 3]
 
 
+def test_a_copy_of_one_layer_leaves_the_others_behind(groups):
+    def saved_bytes(model):
+        file = io.BytesIO()
+        torch.save(model.blocks[0].q_proj, file)
+        return len(file.getvalue())
+
+    x, model = input_of(), shared(net())
+    weights = sum(p.nbytes for p in model.blocks[0].k_proj.parameters())
+    assert saved_bytes(model) < saved_bytes(net()) + weights / 2
+    twin = copy.deepcopy(model.blocks[0].q_proj)
+    assert_same({"y": twin(x)}, {"y": net().blocks[0].q_proj(x)})
+    assert twin.base_layer._together.group is None
+    step(model, x)
+    assert groups == [3, 3]
+
+
+def test_adapters_that_are_taken_off_are_not_kept(groups):
+    x, model = input_of(), shared(net())
+    step(model, x)
+    adapters = [weakref.ref(m) for m in model.modules() if hasattr(m, "plain_adapters")]
+    for block in model.blocks:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(block, name, getattr(block, name).base_layer)
+    gc.collect()
+    assert len(adapters) == 8 and not any(adapter() for adapter in adapters)
+    groups.clear()
+    model(x).sum().backward()
+    assert not groups
+    qn.nn.add_lora(model, r=4)
+    assert share_inputs(model) == 6
+    step(model, x)
+    assert groups == [3, 3]
+
+
 def test_a_second_call_takes_new_adapters(groups):
     x, model = input_of(), shared(net())
     qn.nn.add_lora(model, r=3, adapter_name="second")
@@ -360,7 +396,7 @@ def test_an_error_leaves_nothing_behind(groups, error):
     block.between = fail
     with pytest.raises(error):
         model(x)
-    together = block.q_proj.base_layer._together
+    together = block.q_proj.base_layer._together.group()
     del block.between
     if error is KeyboardInterrupt:  # torch runs no hooks: the next call forgets, if only to infer
         with torch.no_grad():
@@ -395,7 +431,7 @@ def test_outside_of_its_holder_a_layer_is_by_itself(groups):
     block = model.blocks[0]
     y = block.q_proj(x)
     torch.testing.assert_close(y, net().blocks[0].q_proj(x))
-    assert not groups and block.q_proj.base_layer._together._thread.ahead is None
+    assert not groups and block.q_proj.base_layer._together.group()._thread.ahead is None
 
 
 def test_what_is_no_group(groups):

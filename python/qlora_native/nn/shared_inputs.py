@@ -8,6 +8,7 @@ one product, and the gradient of the input is one sum in place.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,9 +54,7 @@ def share_inputs(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> 
         if not together:
             continue
         for group in together:
-            for layer in group.layers:
-                layer.base_layer.__dict__[_GROUP] = group
-            count += len(group.layers)
+            count += len(group.layers())
         handles = (
             parent.register_forward_pre_hook(_begin),
             parent.register_forward_hook(_end, always_call=True),
@@ -73,7 +72,7 @@ def _forget(parent: nn.Module) -> None:
     for handle in handles:
         handle.remove()
     for group in groups:
-        for layer in group.layers:
+        for layer in group.layers():
             layer.base_layer.__dict__.pop(_GROUP, None)
 
 
@@ -116,21 +115,52 @@ class _Ahead:
         self.outputs: dict[nn.Module, tuple[LowRank, Tensor]] = {}
 
 
+class Link:
+    """What a base layer knows of its group, which a copy of the layer alone leaves behind."""
+
+    def __init__(self, group: Together | None = None) -> None:
+        self.group = None if group is None else weakref.ref(group)
+
+    def __reduce__(self) -> tuple[type[Link], tuple[()]]:
+        return Link, ()
+
+    def output(self, base: Linear4bit, x: Tensor, inner: Tensor, adapter: LowRank) -> Tensor | None:
+        """See `Together.output`."""
+        group = None if self.group is None else self.group()
+        return None if group is None else group.output(base, x, inner, adapter)
+
+
 class Together:
-    """Layers that are expected to be called with one tensor."""
+    """Layers that are expected to be called with one tensor.
+
+    Their holder owns the layers, and this: adapters that are taken off are not kept alive here. A
+    copy of the holder has a group of the layers' copies.
+    """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         """Takes layers that have `base_layer` and `plain_adapters()`."""
         self.__setstate__({"layers": tuple(layers)})
+        self._link()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
+        return {"layers": tuple(self.layers())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers: tuple[nn.Module, ...] = state["layers"]
+        # The layers may still be without their attributes here: `begin` links them.
+        self._layers = [weakref.ref(layer) for layer in state["layers"]]
+        self._is_linked = False
         self.is_off = False
         self._is_off_under_hooks: bool | None = None
         self._thread = threading.local()
+
+    def layers(self) -> list[nn.Module]:
+        """Those that still exist."""
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    def _link(self) -> None:
+        for layer in self.layers():
+            layer.base_layer.__dict__[_GROUP] = Link(self)
+        self._is_linked = True
 
     def begin(self) -> None:
         """Starts a call of the parent on this thread.
@@ -140,6 +170,8 @@ class Together:
         self._thread.ahead = None
         if not torch.is_grad_enabled():
             return
+        if not self._is_linked:
+            self._link()
         hooks = _saved_tensors_hooks()
         is_off = self.is_off
         if hooks is not None:
@@ -195,7 +227,7 @@ class Together:
         adapters: list[LowRank] = []
         if not _eager.is_ordinary(x, adapter.a, adapter.b):
             return {}
-        for layer in self.layers:
+        for layer in self.layers():
             other = layer._modules["base_layer"]
             found = [adapter] if other is base else _ready(layer, other, x)
             if found:
