@@ -296,16 +296,3 @@ def test_a_loss_for_routers_that_is_asked_for_later_is_there():
     found = model(input_ids=ids, labels=ids).loss
     restore_plain_loss(model)
     assert found.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
-
-
-def test_a_loaded_model_says_what_it_runs(tmp_path):
-    model = tiny("llama").train()
-    use_chunked_loss(model)
-    assert uses_chunked_loss(model)
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    ids = torch.arange(24).view(2, 12)
-    has_logits = loaded(input_ids=ids, labels=ids).logits is not None
-    assert uses_chunked_loss(loaded) != has_logits
-    use_chunked_loss(loaded)
-    assert loaded(input_ids=ids, labels=ids).logits is None

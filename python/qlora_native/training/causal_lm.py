@@ -90,14 +90,12 @@ def use_chunked_loss(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _forward(self, *args, **kwargs)
 
-    setattr(forward, _SETTINGS, True)
     model.forward = types.MethodType(forward, model)
 
 
 def uses_chunked_loss(model: nn.Module) -> bool:
     """Whether `use_chunked_loss` was applied to a model, or to one under it."""
-    # A model that was pickled has the settings, but the forward of its class.
-    return any(getattr(vars(module).get("forward"), _SETTINGS, False) for module in model.modules())
+    return any(_SETTINGS in vars(module) for module in model.modules())
 
 
 def learned_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
