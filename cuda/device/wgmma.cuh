@@ -88,7 +88,7 @@ __device__ __forceinline__ void wgmma_order(float (&sums)[kSums]) {
 /// sums[64, 2 * kSums] += A[64, 16] * B[2 * kSums, 16]^T. A thread holds of row 16 * warp +
 /// lane / 4 + 8 * (i / 2 % 2) the columns 8 * (i / 4) + lane % 4 * 2 + i % 2, in sums[i]. `kTransposed`: the rows
 /// of A's panel run along the contraction's 64 elements, not across. The sums are not to be touched until
-/// wgmma_wait(). kSums is 8, 32, 64 or 128.
+/// wgmma_wait(). kSums is 8, 32 or 64.
 template <class T, bool kTransposed, int kSums>
 __device__ __forceinline__ void wgmma(float (&sums)[kSums], uint64_t a, uint64_t b) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
@@ -118,14 +118,6 @@ __device__ __forceinline__ void wgmma(float (&sums)[kSums], uint64_t a, uint64_t
     asm volatile(QN_WGMMA("m64n128k16", "bf16", QN_SUMS_TEXT_128, "%64", "%65", "%66")
                  : QN_SUMS_32(0), QN_SUMS_32(32)
                  : "l"(a), "l"(b), "n"(kTransposed));
-  } else if constexpr (kSums == 128 && kHalf) {
-    asm volatile(QN_WGMMA("m64n256k16", "f16", QN_SUMS_TEXT_256, "%128", "%129", "%130")
-                 : QN_SUMS_32(0), QN_SUMS_32(32), QN_SUMS_32(64), QN_SUMS_32(96)
-                 : "l"(a), "l"(b), "n"(kTransposed));
-  } else if constexpr (kSums == 128 && !kHalf) {
-    asm volatile(QN_WGMMA("m64n256k16", "bf16", QN_SUMS_TEXT_256, "%128", "%129", "%130")
-                 : QN_SUMS_32(0), QN_SUMS_32(32), QN_SUMS_32(64), QN_SUMS_32(96)
-                 : "l"(a), "l"(b), "n"(kTransposed));
   } else {
     static_assert(kSums == 8, "no instruction of this width here");
   }
@@ -141,7 +133,7 @@ __device__ __forceinline__ void wgmma(float (&sums)[kSums], uint64_t a, uint64_t
 /// The same with A in registers: of its rows lane / 4 and lane / 4 + 8 (of the 16 that belong to the warp), in turn,
 /// columns lane % 4 * 2 and the next, then both rows of columns 8 further: fragments of mma.sync.m16n8k16. They are
 /// not to be overwritten until wgmma_wait(). `kAdds` is false where the sums begin with this product. kSums is 8, 16,
-/// 32 or 64.
+/// 32, 64 or 128.
 template <class T, bool kAdds, int kSums>
 __device__ __forceinline__ void wgmma_registers(float (&sums)[kSums], const uint32_t* a,
                                                 uint64_t b) {

@@ -119,22 +119,6 @@ void launch_gemm(int device, const Params<typename C::Elem>& params, cudaStream_
          stream, params);
 }
 
-template <class Visitor>
-void visit_tile_rows(int tile_rows, const Visitor& visitor) {
-  switch (tile_rows) {
-    case 16:
-      return visitor(std::integral_constant<int, 16>{});
-    case 32:
-      return visitor(std::integral_constant<int, 32>{});
-    case 64:
-      return visitor(std::integral_constant<int, 64>{});
-    case 128:
-      return visitor(std::integral_constant<int, 128>{});
-    default:
-      return visitor(std::integral_constant<int, 256>{});
-  }
-}
-
 /// What the table is filled with, and the scales are multiplied by.
 template <class C>
 TableValues values_of(const Codebook& codebook, DType dtype) {
@@ -221,7 +205,7 @@ void gemm_sm90a(const MatmulArgs& args, Workspace workspace, Stream stream) {
                                                   gemm_forward_flag_bytes(plan)),
         .flags = static_cast<uint64_t*>(workspace.data),
         .ready = next_launch()};
-    visit_tile_rows(plan.tile_rows, [&](auto tile_rows) {
+    sm90a::visit_tile_rows<16, 32, 64, 128, 256>(plan.tile_rows, [&](auto tile_rows) {
       visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {
         using C = Config<T, decltype(tile_rows)::value, decltype(double_quant)::value>;
         params.table = values_of<C>(weight.codebook, args.y.dtype);

@@ -106,21 +106,6 @@ void launch_gemm(int device, const GemmParams<typename C::Elem>& params, cudaStr
          stream, params);
 }
 
-/// Calls `visitor` with the tile's rows as a constant.
-template <class Visitor>
-void visit_tile_rows(int tile_rows, const Visitor& visitor) {
-  switch (tile_rows) {
-    case 16:
-      return visitor(std::integral_constant<int, 16>{});
-    case 64:
-      return visitor(std::integral_constant<int, 64>{});
-    case 128:
-      return visitor(std::integral_constant<int, 128>{});
-    default:
-      return visitor(std::integral_constant<int, 256>{});
-  }
-}
-
 }  // namespace sm90a::transposed
 
 bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::string* why_not) {
@@ -166,7 +151,7 @@ void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace, Stream s
                          .weight_units = static_cast<int>(weight.cols / kStep),
                          .plan = plan};
     std::copy_n(weight.codebook.values, 16, params.values);
-    visit_tile_rows(plan.tile_rows, [&](auto tile_rows) {
+    sm90a::visit_tile_rows<16, 64, 128, 256>(plan.tile_rows, [&](auto tile_rows) {
       visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {
         launch_gemm<Config<T, decltype(tile_rows)::value, decltype(double_quant)::value>>(
             weight.device.index, params, to_cuda(stream));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "gemm/sm90a/out_tile.cuh"
 #include "host/kernel_args.h"
@@ -50,6 +51,15 @@ inline bool fits(const MatrixView& activations, int64_t cols, std::string* why_n
     return false;
   }
   return true;
+}
+
+/// Calls `visitor` with the tile's rows, one of kFirst and kOthers, as a constant.
+template <int kFirst, int... kOthers, class Visitor>
+void visit_tile_rows(int tile_rows, const Visitor& visitor) {
+  if constexpr (sizeof...(kOthers) > 0) {
+    if (tile_rows != kFirst) return visit_tile_rows<kOthers...>(tile_rows, visitor);
+  }
+  visitor(std::integral_constant<int, kFirst>{});
 }
 
 template <class T>

@@ -26,6 +26,24 @@ struct OutMatrix {
   bool is_aligned;  ///< rows begin at multiples of 16 bytes
 };
 
+/// Tile number `tile` when `row_group` tiles above each other come in turn, then those of the next column, then the
+/// next rows: neighbours use the same weights.
+struct TilePosition {
+  int row;  ///< in tiles
+  int col;
+
+  __device__ __forceinline__ static TilePosition of(int tile, int row_group, int row_tiles,
+                                                    int col_tiles) {
+    const int group_tiles = row_group * col_tiles;
+    const int group = tile / group_tiles;
+    const int within = tile - group * group_tiles;
+    const int first = group * row_group;
+    const int rows = min(row_group, row_tiles - first);
+    const int col = within / rows;
+    return {first + within - col * rows, col};
+  }
+};
+
 constexpr int kMaxStagedRows = 32;
 /// What write_tile() needs of shared memory for a tile of `rows` rows.
 constexpr int staging_bytes(int rows) { return std::min(rows, kMaxStagedRows) * kPanelRowBytes; }

@@ -97,14 +97,9 @@ class Segments {
     tile = at_ / plan_.chunks;
     first = at_ - tile * plan_.chunks;
     chunks = min(plan_.chunks - first, end_ - at_);
-    const int group_tiles = plan_.row_group * plan_.col_tiles;
-    const int group = tile / group_tiles;
-    const int within = tile - group * group_tiles;
-    const int first_of_group = group * plan_.row_group;
-    const int rows = min(plan_.row_group, plan_.row_tiles - first_of_group);
-    const int col = within / rows;
-    first_row = (first_of_group + within - col * rows) * plan_.tile_rows;
-    first_col = col * kTileCols;
+    const auto at = TilePosition::of(tile, plan_.row_group, plan_.row_tiles, plan_.col_tiles);
+    first_row = at.row * plan_.tile_rows;
+    first_col = at.col * kTileCols;
     return true;
   }
 

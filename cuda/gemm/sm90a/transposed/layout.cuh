@@ -96,22 +96,17 @@ struct Work {
 };
 
 __device__ __forceinline__ Work work_of(const GemmTransposedPlan& plan, int item, int rank) {
-  const int group_items = plan.row_group * plan.col_items;
-  const int group = item / group_items;
-  const int within = item - group * group_items;
-  const int first = group * plan.row_group;
-  const int group_rows = min(plan.row_group, plan.row_tiles - first);
-  const int col_item = within / group_rows;
+  const auto at = TilePosition::of(item, plan.row_group, plan.row_tiles, plan.col_items);
   Work work;
-  work.first_row = (first + within - col_item * group_rows) * plan.tile_rows;
+  work.first_row = at.row * plan.tile_rows;
   if (plan.split) {
-    work.first_col = col_item * kTileCols;
+    work.first_col = at.col * kTileCols;
     const int pairs = plan.steps / 2;
     const int first_pair = rank * pairs / plan.cluster;
     work.first_step = first_pair * 2;
     work.steps = ((rank + 1) * pairs / plan.cluster - first_pair) * 2;
   } else {
-    work.first_col = (col_item * plan.cluster + rank) * kTileCols;
+    work.first_col = (at.col * plan.cluster + rank) * kTileCols;
     work.first_step = 0;
     work.steps = plan.steps;
   }
