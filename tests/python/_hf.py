@@ -57,6 +57,20 @@ def tiny(kind: str, seed: int = 0, **overrides: object) -> nn.Module:
     return with_biases(model)
 
 
+def with_adapters(model: nn.Module) -> nn.Module:
+    """The model in 4 bits with adapters of rank 4, none of its parts too small to be seen."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)
+    qn.quantize_model(model)
+    qn.add_lora(model, r=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    return model.train()
+
+
 def with_biases(model: nn.Module) -> nn.Module:
     """In evaluation, with biases that are not zero, which would hide a lost one."""
     with torch.no_grad():

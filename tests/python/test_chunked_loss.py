@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import qlora_native as qn  # noqa: E402
-from _hf import tiny  # noqa: E402
+from _hf import tiny, with_adapters  # noqa: E402
 from _training import LORA, adapter_state, arguments, losses, trainer  # noqa: E402
 from qlora_native.training import (  # noqa: E402
     UnsupportedModelError,
@@ -67,17 +67,7 @@ def batch():
 
 def adapted(make):
     torch.manual_seed(0)
-    model = make()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.3)
-    qn.quantize_model(model)
-    qn.add_lora(model, r=4)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, 0, 0.1)
-    return model.train()
+    return with_adapters(make())
 
 
 def step(model, **others):

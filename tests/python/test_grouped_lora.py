@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
+from _graphs import captured
 from _hf import tiny
 from qlora_native import _grouped_lora_ops
 from qlora_native._dense_groups import GroupedGemm, HostGroups, TiledGroups
@@ -376,14 +377,7 @@ def test_a_graph_holds_a_step_and_replays_it_with_other_groups(dtype):
         y = grouped_lora(x, ends, a, b, SCALING)
         return (y, *torch.autograd.grad(y, (x, a, b), dy))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = captured(step)
     for groups in ([40, 40, 40, 40], [0, 1, 2, 40], [0, 0, 33, 40]):
         ends.copy_(torch.tensor(groups))
         graph.replay()

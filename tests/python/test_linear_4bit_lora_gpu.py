@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import qlora_native as qn
+from _graphs import captured
 from _lora_case import Case
 from qlora_native.nn import Linear4bit, LoraLinear, LoraSettings
 
@@ -21,19 +22,6 @@ def test_the_dropout_is_the_cpus():
         leaves[0], case.q.to("cuda"), *leaves[1:3], case.scaling, bias=leaves[3], dropout_p=0.5
     )
     torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-4)
-
-
-def captured(step):
-    """Return the graph of `step`, after a run on a side stream, and its result."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-    return graph, result
 
 
 def test_a_step_without_dropout_is_captured():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 transformers = pytest.importorskip("transformers")
 
 import qlora_native as qn  # noqa: E402
-from _hf import tiny  # noqa: E402
+from _hf import tiny, with_adapters  # noqa: E402
 from qlora_native.training import (  # noqa: E402
     LeakError,
     best_fit,
@@ -68,18 +68,7 @@ def test_a_row_is_its_sequences_and_a_rest():
 
 
 def adapted(kind, **overrides):
-    torch.manual_seed(0)
-    model = tiny(kind, use_cache=False, **overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.3)
-    qn.quantize_model(model)
-    qn.add_lora(model, r=4)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, 0, 0.1)
-    return model.train()
+    return with_adapters(tiny(kind, use_cache=False, **overrides))
 
 
 def gradients(model):
