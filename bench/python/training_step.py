@@ -6,7 +6,8 @@
 
 Every contestant runs in a process of its own, on the same random weights, adapters and batch; the
 dense one has the weights that the 4 bits stand for. Ours have the loss by chunks of tokens, the
-others transformers' own; --loss plain gives it to all. "ours" comes first: a contestant whose
+others transformers' own; --loss plain gives it to all. Those called liger have liger-kernel's
+norms, rotary embedding and gates, bitsandbytes its loss too. "ours" comes first: a contestant whose
 losses in the first steps are not ours within the noise of bf16 is reported as failed, and is not
 timed.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -76,9 +78,11 @@ CONTESTANTS = {
     "ours": ("ours", "native", "eager"),
     "ours compiled": ("ours", "native", "compiled"),
     "ours graphed": ("ours", "native", "graphed"),
+    "ours liger": ("ours", "native", "liger"),
     "ours under PEFT": ("ours", "peft", "eager"),
     "bitsandbytes": ("bitsandbytes", "peft", "eager"),
     "bitsandbytes compiled": ("bitsandbytes", "peft", "compiled"),
+    "bitsandbytes liger": ("bitsandbytes", "peft", "liger"),
     "bf16": ("dense", "peft", "eager"),
     "bf16 compiled": ("dense", "peft", "compiled"),
 }
@@ -118,6 +122,10 @@ def make_model(options: argparse.Namespace, case: Case, contestant: str) -> nn.M
     if case.checkpointing:
         # Nothing is random in a step, and a graph cannot hold the state of a generator.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if mode == "liger":
+        from qlora_native.hf.liger import use_liger_kernels
+
+        use_liger_kernels(model, loss=weights != "ours")
     if weights == "ours" and options.loss == "chunked":
         from qlora_native.training import use_chunked_loss
 
@@ -295,13 +303,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for asked, known in ((options.cases, CASES), (options.contestants, CONTESTANTS)):
         if unknown := set(asked) - known.keys():
             parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if set(options.contestants) - set(_runnable(options.device)):
-        parser.error("a CUDA graph needs --device cuda")
+    if unrunnable := set(options.contestants) - set(_runnable(options.device)):
+        needed = "--device cuda, or liger-kernel to be installed"
+        parser.error(f"{', '.join(sorted(unrunnable))}: needs {needed}")
     return options
 
 
 def _runnable(device: str) -> list[str]:
-    return [name for name, how in CONTESTANTS.items() if device == "cuda" or how[2] != "graphed"]
+    modes = {"eager", "compiled"}
+    if device == "cuda":
+        modes.add("graphed")
+        if importlib.util.find_spec("liger_kernel") is not None:
+            modes.add("liger")
+    return [name for name, (_, _, mode) in CONTESTANTS.items() if mode in modes]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
