@@ -11,12 +11,6 @@ namespace {
 constexpr qn::Dropout kNoDropout{};
 constexpr Py_ssize_t kFirstLayer = 3;  // among a Function's arguments
 
-qn::MutableMatrixView writable(const qn::MatrixView& view) {
-  // Of a tensor of ours.
-  return {
-      const_cast<void*>(view.data), view.rows, view.cols, view.row_stride, view.dtype, view.device};
-}
-
 nb::handle item(nb::handle tuple, Py_ssize_t i) { return PyTuple_GetItem(tuple.ptr(), i); }
 
 bool is_true(nb::handle flags, Py_ssize_t i) { return item(flags, i).ptr() == Py_True; }
@@ -43,31 +37,55 @@ nb::object EagerLora::forward(nb::handle x, const qn::Dropout& dropout, nb::hand
       !read_factors(rows.view.dtype, &layers)) {
     return nb::none();
   }
-  nb::list results;
-  for (const Layer& layer : layers) {
-    const nb::object y = products_.linear(x, layer.bias, layer.weight);
-    if (y.is_none()) return y;
-    results.append(y);
-  }
   rows.tensor =
       described.ndim == 2 ? nb::borrow(x) : torch_.as_matrix(x, rows.view.rows, rows.view.cols);
   const Matrix a = all_a(layers, rows.view.dtype);
-  const Matrix t = project(rows, a, false, 1.0f, dropout, nb::none());
+  const Matrix t = passes_.project(rows, a, false, 1.0f, dropout, nb::none());
   if (!t.tensor.is_valid()) return nb::none();
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
-    qn::MatrixView view = rows.view;
-    view.cols = view.row_stride = layer.weight.view.rows;
-    view.data = torch_.address(results[i]);
-    nb::object y = described.ndim == 2 ? nb::object(results[i])
-                                       : torch_.as_matrix(results[i], view.rows, view.cols);
-    const Matrix out{std::move(y), view};
-    if (!update(columns(t, layer), layer.b, false, layer.scaling, kNoDropout, out)) {
-      return nb::none();
-    }
+  nb::list results;
+  for (const Layer& layer : layers) {
+    const nb::object y = output(x, described, rows, columns(t, layer), layer);
+    if (y.is_none()) return y;
+    results.append(y);
   }
   results.append(t.tensor);
   return tuple_of(results);
+}
+
+/// y of a layer, of the shape of x but for the last dimension. None when there is no memory, or for
+/// arguments that are not of the ordinary kind.
+nb::object EagerLora::output(nb::handle x, const dlpack::Tensor& described, const Matrix& rows,
+                             const Matrix& t, const Layer& layer) {
+  Matrix out{{}, rows.view};
+  out.view.cols = out.view.row_stride = layer.weight.view.rows;
+  out.view.data = eager_nowhere();
+  qn::MatmulArgs question{rows.view, layer.weight.view, {}, out.writable()};
+  if (!read_bias(torch_, layer.bias, layer.weight, out.view.dtype, &question.bias)) {
+    return nb::none();
+  }
+  products_.share_threads(out.view.device);
+  const bool begins = qn::matmul_4bit_plan(question).prefers_dense &&
+                      passes_.update_is_dense(t, layer.b, false, layer.scaling, kNoDropout, out);
+  nb::object y;
+  if (begins) {
+    Shape shape;
+    if (!output_shape(described, out.view.cols, &shape)) return nb::none();
+    y = torch_.empty(shape.span(), out.view.dtype, out.view.device);
+  } else {
+    y = products_.linear(x, layer.bias, layer.weight);
+    if (y.is_none()) return y;
+  }
+  out.view.data = torch_.address(y);
+  out.tensor = described.ndim == 2 ? y : torch_.as_matrix(y, out.view.rows, out.view.cols);
+  if (!begins) {
+    return passes_.update(t, layer.b, false, layer.scaling, kNoDropout, out) ? y : nb::none();
+  }
+  // A dense product adds on its way out, and saves the low-rank one a pass over y.
+  const nb::object dense = products_.decode(layer.weight, out.view.dtype);
+  if (dense.is_none()) return dense;
+  passes_.add_low_rank(layer.bias, t, layer.b, false, layer.scaling, out);
+  torch_.addmm(out.tensor, rows.tensor, torch_.transposed(dense), 1.0f, true, out.tensor);
+  return y;
 }
 
 nb::object EagerLora::backward(nb::handle dy, nb::handle x, nb::handle t,
@@ -110,25 +128,13 @@ nb::object EagerLora::backward(nb::handle dy, nb::handle x, nb::handle t,
 
   nb::list results;
   for (Py_ssize_t i = 0; i < PyTuple_Size(wanted.ptr()); ++i) results.append(nb::none());
-  Matrix dx;
-  if (wants_dx) {
-    const nb::object result = products_.linear_dx(item(dy, 0), layers[0].weight);
-    if (result.is_none()) return result;
-    dx.tensor = torch_.as_matrix(result, like.rows, in_features);
-    dx.view = {
-        torch_.address(result), like.rows, in_features, in_features, like.dtype, like.device};
-    for (size_t i = 1; i < layers.size(); ++i) {
-      if (!products_.add_linear_dx(gradients[i].tensor, layers[i].weight, dx.tensor)) {
-        return nb::none();
-      }
-    }
-    results[0] = result;
-  }
   if (wants_dx || wants_da) {
     const Matrix u = gradient_of_t(gradients, layers, t, ranks);
     if (!u.tensor.is_valid()) return nb::none();
-    if (wants_dx && !update(u, all_a(layers, like.dtype), true, 1.0f, dropout, dx)) {
-      return nb::none();
+    if (wants_dx) {
+      const nb::object dx = input_gradient(item(dy, 0), gradients, u, dropout, layers);
+      if (dx.is_none()) return dx;
+      results[0] = dx;
     }
     if (wants_da) {
       rows.tensor =
@@ -141,12 +147,48 @@ nb::object EagerLora::backward(nb::handle dy, nb::handle x, nb::handle t,
     const Layer& layer = layers[i];
     if (is_true(wanted, place)) results[place] = torch_.sum_of_rows(gradients[i].tensor);
     if (!is_true(wanted, place + 2)) continue;
-    const nb::object db = gradient(columns(t_matrix, layer), gradients[i], true, layer.scaling,
-                                   kNoDropout, layer.dtype_of_b, layer.b.tensor);
+    const nb::object db =
+        passes_.gradient(columns(t_matrix, layer), gradients[i], true, layer.scaling, kNoDropout,
+                         layer.dtype_of_b, layer.b.tensor);
     if (db.is_none()) return db;
     results[place + 2] = db;
   }
   return tuple_of(results);
+}
+
+/// dx of a group of layers. None when there is no memory.
+nb::object EagerLora::input_gradient(nb::handle first_dy, const std::vector<Matrix>& dy,
+                                     const Matrix& u, const qn::Dropout& dropout,
+                                     const std::vector<Layer>& layers) {
+  Matrix dx{{}, dy[0].view};
+  dx.view.cols = dx.view.row_stride = layers[0].weight.view.cols;
+  dx.view.data = eager_nowhere();
+  const Matrix a = all_a(layers, dx.view.dtype);
+  products_.share_threads(dx.view.device);
+  const bool begins =
+      qn::matmul_4bit_transposed_plan({dy[0].view, layers[0].weight.view, dx.writable()})
+          .prefers_dense &&
+      passes_.update_is_dense(u, a, true, 1.0f, dropout, dx);
+  nb::object result;
+  if (begins) {
+    dlpack::Tensor described;
+    Shape shape;
+    if (!torch_.describe(first_dy, &described) || !output_shape(described, dx.view.cols, &shape)) {
+      return nb::none();
+    }
+    result = torch_.empty(shape.span(), dx.view.dtype, dx.view.device);
+  } else {
+    result = products_.linear_dx(first_dy, layers[0].weight);
+    if (result.is_none()) return result;
+  }
+  dx.view.data = torch_.address(result);
+  dx.tensor = torch_.as_matrix(result, dx.view.rows, dx.view.cols);
+  // As in `output`: what a dense product can add to comes first.
+  if (begins) passes_.add_low_rank(nb::none(), u, a, true, 1.0f, dx);
+  for (size_t i = begins ? 0 : 1; i < layers.size(); ++i) {
+    if (!products_.add_linear_dx(dy[i].tensor, layers[i].weight, dx.tensor)) return nb::none();
+  }
+  return begins || passes_.update(u, a, true, 1.0f, dropout, dx) ? result : nb::none();
 }
 
 bool EagerLora::read_layers(nb::handle objects, std::vector<Layer>* out) const {
@@ -199,13 +241,14 @@ EagerLora::Matrix EagerLora::gradient_of_t(const std::vector<Matrix>& gradients,
                                            const std::vector<Layer>& layers, nb::handle like,
                                            int64_t ranks) {
   if (layers.size() == 1) {
-    return project(gradients[0], layers[0].b, true, layers[0].scaling, kNoDropout, like);
+    return passes_.project(gradients[0], layers[0].b, true, layers[0].scaling, kNoDropout, like);
   }
-  Matrix u = new_matrix(gradients[0].view.rows, ranks, gradients[0].view);
+  Matrix u = passes_.new_matrix(gradients[0].view.rows, ranks, gradients[0].view);
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     const Matrix part = columns(u, layer);
-    if (!project_into(gradients[i], layer.b, true, layer.scaling, kNoDropout, part)) return {};
+    if (!passes_.project_into(gradients[i], layer.b, true, layer.scaling, kNoDropout, part))
+      return {};
   }
   return u;
 }
@@ -219,7 +262,7 @@ EagerLora::Matrix EagerLora::all_a(const std::vector<Layer>& layers, qn::DType d
   }
   nb::list parts;
   for (const Layer& layer : layers) {
-    parts.append(is_one_dtype ? layer.a.tensor : factor_for_torch(layer.a, dtype, false));
+    parts.append(is_one_dtype ? layer.a.tensor : passes_.factor_for_torch(layer.a, dtype, false));
   }
   qn::MatrixView view = layers[0].a.view;
   if (!is_one_dtype) view.dtype = dtype;
@@ -228,13 +271,6 @@ EagerLora::Matrix EagerLora::all_a(const std::vector<Layer>& layers, qn::DType d
   nb::object all = torch_.stacked(parts);
   view.data = torch_.address(all);
   return {std::move(all), view};
-}
-
-EagerLora::Matrix EagerLora::new_matrix(int64_t rows, int64_t cols, const qn::MatrixView& like) {
-  const int64_t shape[] = {rows, cols};
-  nb::object tensor = torch_.empty(shape, like.dtype, like.device);
-  const void* const data = torch_.address(tensor);
-  return {std::move(tensor), {data, rows, cols, cols, like.dtype, like.device}};
 }
 
 /// The columns of t, or of its gradient, that are of one layer.
@@ -247,101 +283,6 @@ EagerLora::Matrix EagerLora::columns(const Matrix& t, const Layer& layer) const 
   return {torch_.narrowed(t.tensor, 1, layer.first_rank, ranks), view};
 }
 
-nb::object EagerLora::factor_for_torch(const Matrix& factor, qn::DType dtype,
-                                       bool transposed) const {
-  const nb::object cast =
-      factor.view.dtype == dtype ? factor.tensor : torch_.cast(factor.tensor, dtype);
-  return transposed ? torch_.transposed(cast) : cast;
-}
-
-/// t as a new matrix. `like` looks as it will, or is None. Invalid when there is no memory.
-EagerLora::Matrix EagerLora::project(const Matrix& x, const Matrix& factor, bool transposed,
-                                     float scaling, const qn::Dropout& dropout, nb::handle like) {
-  const int64_t ranks = transposed ? factor.view.cols : factor.view.rows;
-  qn::MatrixView view{eager_nowhere(), x.view.rows, ranks, ranks, x.view.dtype, x.view.device};
-  const bool is_scaled = scaling != 1.0f;
-  const qn::LoraProjectArgs question{x.view,  factor.view, transposed,
-                                     scaling, dropout,     writable(view)};
-  if (qn::lora_project_plan(question).prefers_dense && !torch_.is_autocast_enabled() &&
-      !(is_scaled && like.is_none())) {
-    const nb::object other = factor_for_torch(factor, view.dtype, is_scaled && !transposed);
-    nb::object t = is_scaled    ? torch_.addmm(like, x.tensor, other, scaling, false, nb::none())
-                   : transposed ? torch_.mm(x.tensor, other)
-                                : torch_.linear_of_rows(x.tensor, other);
-    view.data = torch_.address(t);
-    return {std::move(t), view};
-  }
-  Matrix t = new_matrix(view.rows, view.cols, view);
-  return project_into(x, factor, transposed, scaling, dropout, t) ? t : Matrix{};
-}
-
-bool EagerLora::project_into(const Matrix& x, const Matrix& factor, bool transposed, float scaling,
-                             const qn::Dropout& dropout, const Matrix& t) {
-  const qn::LoraProjectArgs args{x.view,  factor.view, transposed,
-                                 scaling, dropout,     writable(t.view)};
-  const qn::MatmulPlan plan = qn::lora_project_plan(args);
-  if (plan.prefers_dense) {
-    const nb::object other = factor_for_torch(factor, x.view.dtype, !transposed);
-    torch_.addmm(t.tensor, x.tensor, other, scaling, false, t.tensor);
-    return true;
-  }
-  return products_.run(x.view.device, plan.workspace_bytes,
-                       [&](qn::Workspace workspace, qn::Stream stream) {
-                         qn::lora_project(args, workspace, stream);
-                       });
-}
-
-bool EagerLora::update(const Matrix& t, const Matrix& factor, bool transposed, float scaling,
-                       const qn::Dropout& dropout, const Matrix& y) {
-  const qn::LoraUpdateArgs args{t.view,  factor.view, transposed,
-                                scaling, dropout,     writable(y.view)};
-  const qn::MatmulPlan plan = qn::lora_update_plan(args);
-  if (plan.prefers_dense) {
-    const nb::object other = factor_for_torch(factor, y.view.dtype, !transposed);
-    torch_.addmm(y.tensor, t.tensor, other, scaling, true, y.tensor);
-    return true;
-  }
-  return products_.run(y.view.device, plan.workspace_bytes,
-                       [&](qn::Workspace workspace, qn::Stream stream) {
-                         qn::lora_update(args, workspace, stream);
-                       });
-}
-
-/// The gradient of a factor of `dtype`; `looks` is a matrix of its shape and v's dtype, or None.
-/// None when there is no memory.
-nb::object EagerLora::gradient(const Matrix& s, const Matrix& v, bool transposed, float scaling,
-                               const qn::Dropout& dropout, qn::DType dtype, nb::handle looks) {
-  const int64_t rows = transposed ? v.view.cols : s.view.cols;
-  const int64_t cols = transposed ? s.view.cols : v.view.cols;
-  qn::MatrixView like = v.view;
-  // For the question a place that is not there yet; the rule does not look at it.
-  qn::LoraGradientArgs args{s.view, v.view, scaling, dropout, transposed, {}};
-  args.grad = {eager_nowhere(), rows, cols, cols, dtype, like.device};
-  const qn::MatmulPlan plan = qn::lora_gradient_plan(args);
-  if (plan.prefers_dense) {
-    const nb::object left = torch_.transposed((transposed ? v : s).tensor);
-    const nb::object& right = (transposed ? s : v).tensor;
-    nb::object grad;
-    if (torch_.is_autocast_enabled() || (scaling != 1.0f && looks.is_none())) {
-      grad = new_matrix(rows, cols, like).tensor;
-      torch_.addmm(grad, left, right, scaling, false, grad);
-    } else if (scaling != 1.0f) {
-      grad = torch_.addmm(looks, left, right, scaling, false, nb::none());
-    } else {
-      grad = torch_.mm(left, right);
-    }
-    return dtype == like.dtype ? grad : torch_.cast(grad, dtype);
-  }
-  like.dtype = dtype;
-  const Matrix grad = new_matrix(rows, cols, like);
-  args.grad = writable(grad.view);
-  const bool ran = products_.run(like.device, plan.workspace_bytes,
-                                 [&](qn::Workspace workspace, qn::Stream stream) {
-                                   qn::lora_gradient(args, workspace, stream);
-                                 });
-  return ran ? grad.tensor : nb::none();
-}
-
 /// The gradients of all A, by one pass over x.
 bool EagerLora::set_da(const Matrix& u, const Matrix& x, const qn::Dropout& dropout,
                        const std::vector<Layer>& layers, nb::handle wanted, nb::list* results) {
@@ -349,7 +290,7 @@ bool EagerLora::set_da(const Matrix& u, const Matrix& x, const qn::Dropout& drop
   for (const Layer& layer : layers) {
     if (layer.a.view.dtype == qn::DType::kFloat32) dtype = qn::DType::kFloat32;
   }
-  const nb::object all = gradient(u, x, false, 1.0f, dropout, dtype, nb::none());
+  const nb::object all = passes_.gradient(u, x, false, 1.0f, dropout, dtype, nb::none());
   if (all.is_none()) return false;
   for (size_t i = 0; i < layers.size(); ++i) {
     const auto place = kFirstLayer + static_cast<Py_ssize_t>(i) * kPerLayer + 1;

@@ -7,13 +7,15 @@
 #include <vector>
 
 #include "eager_arguments.h"
+#include "eager_lora_passes.h"
 #include "eager_products.h"
 #include "qlora_native/lora.h"
 #include "torch_eager.h"
 
 class EagerLora {
  public:
-  EagerLora(Torch& torch, EagerProducts& products) : torch_(torch), products_(products) {}
+  EagerLora(Torch& torch, EagerProducts& products)
+      : torch_(torch), products_(products), passes_(torch, products) {}
 
   /// The objects that make up a group of layers: for each its bias or None, A, B, and a tuple of
   /// the scaling and the weight, itself a tuple (`read_weight_tuple`).
@@ -31,11 +33,7 @@ class EagerLora {
                             nanobind::handle wanted);
 
  private:
-  /// A matrix as torch and as the core have it.
-  struct Matrix {
-    nanobind::object tensor;
-    qlora_native::MatrixView view;
-  };
+  using Matrix = EagerMatrix;
 
   struct Layer {
     nanobind::handle bias;
@@ -51,27 +49,20 @@ class EagerLora {
   void cast_b(qlora_native::DType dtype, std::vector<Layer>* layers) const;
   Matrix all_a(const std::vector<Layer>& layers, qlora_native::DType dtype) const;
 
-  Matrix new_matrix(int64_t rows, int64_t cols, const qlora_native::MatrixView& like);
   Matrix columns(const Matrix& t, const Layer& layer) const;
 
-  // The passes, by torch's products or by the core. False when there is no memory.
-  Matrix project(const Matrix& x, const Matrix& factor, bool transposed, float scaling,
-                 const qlora_native::Dropout& dropout, nanobind::handle like);
-  bool project_into(const Matrix& x, const Matrix& factor, bool transposed, float scaling,
-                    const qlora_native::Dropout& dropout, const Matrix& t);
+  nanobind::object output(nanobind::handle x, const dlpack::Tensor& described, const Matrix& rows,
+                          const Matrix& t, const Layer& layer);
+  nanobind::object input_gradient(nanobind::handle first_dy, const std::vector<Matrix>& dy,
+                                  const Matrix& u, const qlora_native::Dropout& dropout,
+                                  const std::vector<Layer>& layers);
+
   Matrix gradient_of_t(const std::vector<Matrix>& gradients, const std::vector<Layer>& layers,
                        nanobind::handle like, int64_t ranks);
-  bool update(const Matrix& t, const Matrix& factor, bool transposed, float scaling,
-              const qlora_native::Dropout& dropout, const Matrix& y);
-  nanobind::object gradient(const Matrix& s, const Matrix& v, bool transposed, float scaling,
-                            const qlora_native::Dropout& dropout, qlora_native::DType dtype,
-                            nanobind::handle looks);
-  nanobind::object factor_for_torch(const Matrix& factor, qlora_native::DType dtype,
-                                    bool transposed) const;
-
   bool set_da(const Matrix& u, const Matrix& x, const qlora_native::Dropout& dropout,
               const std::vector<Layer>& layers, nanobind::handle wanted, nanobind::list* results);
 
   Torch& torch_;
   EagerProducts& products_;
+  EagerLoraPasses passes_;
 };

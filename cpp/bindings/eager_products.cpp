@@ -150,8 +150,6 @@ nb::object EagerProducts::lora(nb::handle x, nb::handle bias, const AdapterObjec
   });
 }
 
-/// The matrix for a dense product by torch. None on a CPU unless it is small: fresh memory costs
-/// more in page faults than the decoding, and the operator has scratch memory and panels.
 nb::object EagerProducts::decode(const EagerWeight& weight, qn::DType dtype) {
   constexpr int64_t kCpuBytes = 64 << 10;
   const int64_t size_bytes = weight.view.numel() * qn::size_bytes(dtype);

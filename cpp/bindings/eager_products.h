@@ -35,6 +35,9 @@ class EagerProducts {
   /// dx += dy W, of matrices. False where `linear_dx` would be None.
   bool add_linear_dx(nanobind::handle dy, const EagerWeight& weight, nanobind::handle dx);
   nanobind::object dequantize(const EagerWeight& weight, qlora_native::DType dtype);
+  /// The matrix for a dense product by torch. None on a CPU unless it is small: fresh memory costs
+  /// more in page faults than the decoding, and the operator has scratch memory and panels.
+  nanobind::object decode(const EagerWeight& weight, qlora_native::DType dtype);
   /// `linear` with the adapter's product, without dropout. None where a dense product is faster:
   /// there are many rows then.
   nanobind::object lora(nanobind::handle x, nanobind::handle bias, const AdapterObjects& adapter,
@@ -69,7 +72,6 @@ class EagerProducts {
 
   bool allocate(qlora_native::Device device, qlora_native::Workspace* workspace,
                 nanobind::object* owner);
-  nanobind::object decode(const EagerWeight& weight, qlora_native::DType dtype);
   template <class Kernel>
   nanobind::object run_into_new(const Output& output, const Kernel& kernel);
 

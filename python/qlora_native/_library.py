@@ -172,6 +172,14 @@ def product(
     x: torch.Tensor, row_stride: int, bias: torch.Tensor | None, weight: Weight, y: torch.Tensor
 ) -> None:
     """Write x W^T + bias to `y`, both matrices."""
+    if not ran_product(x, row_stride, bias, weight, y):
+        dense_product(x, bias, weight, y)
+
+
+def ran_product(
+    x: torch.Tensor, row_stride: int, bias: torch.Tensor | None, weight: Weight, y: torch.Tensor
+) -> bool:
+    """`product` by the core's kernel; return False where a dense product is faster."""
     arguments = {
         "x": x.data_ptr(),
         "m": x.shape[0],
@@ -180,10 +188,7 @@ def product(
         "bias": address(bias),
         "y": y.data_ptr(),
     }
-    if y.numel() > 0 and not ran_our_product(
-        _C.matmul_4bit_plan, _C.matmul_4bit, weight, arguments
-    ):
-        _dense_linear(x, bias, weight, y)
+    return y.numel() == 0 or ran_our_product(_C.matmul_4bit_plan, _C.matmul_4bit, weight, arguments)
 
 
 def ran_our_product(
@@ -208,17 +213,18 @@ def ran_our_product(
     return True
 
 
-def _dense_linear(
-    x: torch.Tensor, bias: torch.Tensor | None, weight: Weight, y: torch.Tensor
+def dense_product(
+    x: torch.Tensor, start: torch.Tensor | None, weight: Weight, y: torch.Tensor
 ) -> None:
+    """Write `start` + x W^T to `y` [M, N]. `start` is `y` itself, [N], or None for zeros."""
     for first, dense in weight.dense_panels(x.dtype):
         columns = slice(first, first + dense.shape[0])
         # Products into given memory are none that autocast casts.
         out = y if dense.shape[0] == weight.rows else y.new_empty(len(y), dense.shape[0])
-        if bias is None:
+        if start is None:
             torch.mm(x, dense.t(), out=out)
         else:
-            torch.addmm(bias[columns], x, dense.t(), out=out)
+            torch.addmm(start[..., columns], x, dense.t(), out=out)
         if out is not y:
             y[:, columns] = out
 
@@ -245,22 +251,30 @@ def product_dx(
 ) -> None:
     """Write dy W to `dx`, or add it; both are matrices."""
     out = torch.empty_like(dx) if adds else dx
+    if not ran_product_dx(dy, row_stride, weight, out):
+        dense_product_dx(dy, weight, dx, adds)
+    elif adds:
+        dx.add_(out)
+
+
+def ran_product_dx(dy: torch.Tensor, row_stride: int, weight: Weight, dx: torch.Tensor) -> bool:
+    """Write dy W to `dx` by the core's kernel; return False where a dense product is faster."""
     arguments = {
         "dy": dy.data_ptr(),
         "m": dy.shape[0],
         "row_stride": row_stride,
         "dtype": _checks.FLOAT_DTYPES[dy.dtype],
-        "dx": out.data_ptr(),
+        "dx": dx.data_ptr(),
     }
-    if dx.numel() == 0:
-        return
-    if not ran_our_product(
+    return dx.numel() == 0 or ran_our_product(
         _C.matmul_4bit_transposed_plan, _C.matmul_4bit_transposed, weight, arguments
-    ):
-        # One contraction over all of N: summing panels would round dX once a panel.
-        torch.addmm(dx, dy, weight.dense(dy.dtype), beta=int(adds), out=dx)
-    elif adds:
-        dx.add_(out)
+    )
+
+
+def dense_product_dx(dy: torch.Tensor, weight: Weight, dx: torch.Tensor, adds: bool) -> None:
+    """Write dy W to `dx`, or add it; both are matrices."""
+    # One contraction over all of N: summing panels would round dX once a panel.
+    torch.addmm(dx, dy, weight.dense(dy.dtype), beta=int(adds), out=dx)
 
 
 def _linear_4bit_dx_fake(dy: torch.Tensor, *parts: Any) -> torch.Tensor:

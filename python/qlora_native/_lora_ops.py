@@ -129,15 +129,28 @@ def _update(
 ) -> None:
     """y += D(scaling t factor^T), or D(scaling t factor) when it is transposed."""
     if _is_torchs("lora_update", y, dropout):
-        factor = factor.to(y.dtype)
-        other = factor if factor_transposed else factor.t()
-        torch.addmm(y, t, other, alpha=scaling, out=y)
+        _add_low_rank(y, t, factor, factor_transposed, scaling, y)
         return
     factor = _rows(factor, factor.shape[1])
     _run_pass(
         _C.lora_update_plan, _C.lora_update, y.device, t=_matrix(t), factor=_matrix(factor),
         factor_transposed=factor_transposed, scaling=scaling, dropout=dropout, y=_matrix(y),
     )  # fmt: skip
+
+
+def _add_low_rank(
+    start: torch.Tensor | None,
+    t: torch.Tensor,
+    factor: torch.Tensor,
+    factor_transposed: bool,
+    scaling: float,
+    y: torch.Tensor,
+) -> None:
+    """y = start + scaling t factor^T by torch. `start` is y, a row, or None for zeros."""
+    factor = factor.to(y.dtype)
+    other = factor if factor_transposed else factor.t()
+    beta = 0 if start is None else 1
+    torch.addmm(y if start is None else start, t, other, beta=beta, alpha=scaling, out=y)
 
 
 def _gradient(
@@ -178,8 +191,16 @@ def forward(
     for y, one_bias, layer, ranks in zip(outputs, bias, layers, rank_slices(layers), strict=True):
         y = y.view(rows.shape[0], y.shape[-1])
         one_bias = None if one_bias is None else one_bias.contiguous()
-        _library.product(rows, row_stride, one_bias, weight_of(layer), y)
-        _update(t[:, ranks], layer.b, False, layer.scaling, NO_DROPOUT, y)
+        weight, low_rank = weight_of(layer), (t[:, ranks], layer.b, False, layer.scaling)
+        if _library.ran_product(rows, row_stride, one_bias, weight, y):
+            _update(*low_rank, NO_DROPOUT, y)
+        elif _is_torchs("lora_update", y, NO_DROPOUT):
+            # A dense product adds on its way out, and saves the low-rank one a pass over y.
+            _add_low_rank(one_bias, *low_rank, y)
+            _library.dense_product(rows, y, weight, y)
+        else:
+            _library.dense_product(rows, one_bias, weight, y)
+            _update(*low_rank, NO_DROPOUT, y)
     return results
 
 
@@ -223,11 +244,7 @@ def backward(
             _project(one, layer.b, True, layer.scaling, NO_DROPOUT, u[:, ranks])
     if wants_dx:
         dx = dy[0].new_empty(*dy[0].shape[:-1], layers[0].a.shape[1])
-        out = dx.view(rows[0].shape[0], dx.shape[-1])
-        for i, (one, layer) in enumerate(zip(rows, layers, strict=True)):
-            row_stride = one.stride(0) if one.shape[0] > 1 else one.shape[1]
-            _library.product_dx(one, row_stride, weight_of(layer), out, adds=i > 0)
-        _update(u, all_a(layers, dx.dtype), True, 1.0, dropout, out)
+        _set_dx(rows, layers, u, dropout, dx.view(rows[0].shape[0], dx.shape[-1]))
         grads.append(dx)
     if any(wants_da):
         x_rows = _rows(x, x.shape[-1])
@@ -244,6 +261,31 @@ def backward(
         if wants:
             grads.append(_gradient(t[:, ranks], one, True, layer.scaling, NO_DROPOUT, layer.b))
     return grads
+
+
+def _set_dx(
+    dy: Sequence[torch.Tensor],
+    layers: Sequence[Layer],
+    u: torch.Tensor,
+    dropout: _C.Dropout,
+    dx: torch.Tensor,
+) -> None:
+    """dx = the sum of all dY_i W_i, and D(u A); all are matrices."""
+    low_rank = (u, all_a(layers, dx.dtype), True, 1.0)
+    row_strides = [one.stride(0) if one.shape[0] > 1 else one.shape[1] for one in dy]
+    weights = [weight_of(layer) for layer in layers]
+    if not _library.ran_product_dx(dy[0], row_strides[0], weights[0], dx):
+        # As in `forward`: what a dense product can add to comes first.
+        begins = _is_torchs("lora_update", dx, dropout)
+        if begins:
+            _add_low_rank(None, *low_rank, dx)
+        _library.dense_product_dx(dy[0], weights[0], dx, adds=begins)
+    else:
+        begins = False
+    for one, row_stride, weight in zip(dy[1:], row_strides[1:], weights[1:], strict=True):
+        _library.product_dx(one, row_stride, weight, dx, adds=True)
+    if not begins:
+        _update(*low_rank, dropout, dx)
 
 
 def _empty_gradients(
