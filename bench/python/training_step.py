@@ -120,17 +120,22 @@ def make_model(options: argparse.Namespace, case: Case, contestant: str) -> nn.M
     dtype = getattr(torch, options.adapter_dtype)
     if adapters == "native":
         random_models.add_native_adapters(model, options.lora_r, dtype)
+        if options.share_inputs:
+            from qlora_native.nn import share_inputs
+
+            share_inputs(model)
     else:
         random_models.add_peft_adapters(model, options.lora_r, dtype)
     model.train()
     if case.checkpointing:
         # Nothing is random in a step, and a graph cannot hold the state of a generator.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    has_liger_loss = mode == "liger" and (weights != "ours" or options.loss == "liger")
     if mode == "liger":
         from qlora_native.hf.liger import use_liger_kernels
 
-        use_liger_kernels(model, loss=weights != "ours")
-    if weights == "ours" and options.loss == "chunked":
+        use_liger_kernels(model, loss=has_liger_loss)
+    if weights == "ours" and options.loss != "plain" and not has_liger_loss:
         from qlora_native.training import use_chunked_loss
 
         use_chunked_loss(model)
@@ -242,6 +247,7 @@ def run_child(options: argparse.Namespace, case: str, contestant: str) -> dict[s
     command = [sys.executable, __file__, "--child", case, contestant]
     for name in ("device", "shape", "steps", "lora_r", "adapter_dtype", "loss", "compile_scope"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    command += ["--share-inputs"] * options.share_inputs
     command += ["--expected", json.dumps(options.expected)]
     record: dict[str, Any] = {"case": case, "contestant": contestant}
     try:
@@ -287,9 +293,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--loss",
-        choices=("chunked", "plain"),
+        choices=("chunked", "liger", "plain"),
         default="chunked",
-        help="of ours: by chunks of tokens, or transformers' own, which the others have",
+        help="of ours: by chunks of tokens (liger: but for liger's contestants, which then have "
+        "liger-kernel's), or transformers' own, which the others have",
+    )
+    parser.add_argument(
+        "--share-inputs", action="store_true", help="ours: q/k/v and gate/up as groups of layers"
     )
     parser.add_argument(
         "--compile-scope",
