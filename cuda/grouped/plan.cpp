@@ -25,16 +25,20 @@ GroupedPlan plan_with(const GroupedProblem& problem, int tile_rows, int tile_col
   return plan;
 }
 
+template <int kTileRows>
+GroupedPlan plan_mma_with(const GroupedProblem& problem) {
+  using Shape = GroupedMmaShape<kTileRows>;
+  return plan_with(problem, Shape::kRows, Shape::kCols, Shape::kBlocks);
+}
+
 }  // namespace
 
 GroupedPlan plan_grouped_mma(const GroupedProblem& problem) {
   // A weight is decoded once for each tile of its group's rows; rows that a tile lacks cost as much
   // as rows that it has.
   const int64_t rows = rows_of_a_group(problem);
-  const GroupedMmaShape& shape = rows <= 16   ? kGroupedMmaShape<16>
-                                 : rows <= 64 ? kGroupedMmaShape<64>
-                                              : kGroupedMmaShape<128>;
-  return plan_with(problem, shape.tile_rows, shape.tile_cols, shape.blocks_per_processor);
+  if (rows <= 16) return plan_mma_with<16>(problem);
+  return rows <= 64 ? plan_mma_with<64>(problem) : plan_mma_with<128>(problem);
 }
 
 GroupedPlan plan_grouped_simt(const GroupedProblem& problem) {

@@ -5,6 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#include "gemm/mma_shape.h"
 
 namespace qlora_native::cuda {
 
@@ -21,29 +24,13 @@ struct GroupedPlan {
   int64_t grid;
 };
 
-/// What a thread block of the tensor-core kernel works on, by the rows of its tile.
-struct GroupedMmaShape {
-  int tile_rows;  ///< 16, 64 or 128
-  int tile_cols;
-  int stages;  ///< steps of 64 along the depth that are loaded ahead, and the one in use
-  int blocks_per_processor;  /// on sm_90; elsewhere fewer may fit
-
-  constexpr int threads() const { return 2 * tile_cols; }
-  constexpr int activation_bytes() const { return tile_rows * 128; }
-  constexpr int code_bytes() const { return tile_cols * 32; }
-  constexpr int weight_bytes() const { return tile_cols * 128; }
-  /// Stages, two tiles of weights, the dynamic map.
-  constexpr int shared_bytes() const {
-    return stages * (activation_bytes() + code_bytes()) + 2 * weight_bytes() + 1024;
-  }
-};
-
-/// At most 99 KB of shared memory: what a thread block of every sm_80 and newer can have.
+/// What a thread block of the tensor-core kernel works on, by the rows of its tile: 16, 64 or 128. At most
+/// 99 KB of shared memory, what a thread block of every sm_80 and newer can have.
 template <int kTileRows>
-inline constexpr GroupedMmaShape kGroupedMmaShape =
-    kTileRows == 16   ? GroupedMmaShape{16, 64, 6, 5}
-    : kTileRows == 64 ? GroupedMmaShape{64, 128, 4, 2}
-                      : GroupedMmaShape{128, 128, 3, 2};
+using GroupedMmaShape =
+    std::conditional_t<kTileRows == 16, MmaTileShape<16, 64, 128, 6, 5>,
+                       std::conditional_t<kTileRows == 64, MmaTileShape<64, 128, 256, 4, 2>,
+                                          MmaTileShape<128, 128, 256, 3, 2>>>;
 
 GroupedPlan plan_grouped_mma(const GroupedProblem& problem);
 

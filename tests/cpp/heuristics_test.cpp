@@ -126,9 +126,9 @@ TEST(GroupedPlan, TilesAreAsLongAsGroupsAreOnAverage) {
 
 TEST(GroupedPlan, EveryTileFitsIntoTheSharedMemoryOfEveryGpu) {
   constexpr int kMost = 99 * 1024;
-  EXPECT_LE(kGroupedMmaShape<16>.shared_bytes(), kMost);
-  EXPECT_LE(kGroupedMmaShape<64>.shared_bytes(), kMost);
-  EXPECT_LE(kGroupedMmaShape<128>.shared_bytes(), kMost);
+  EXPECT_LE(GroupedMmaShape<16>::kSharedBytes, kMost);
+  EXPECT_LE(GroupedMmaShape<64>::kSharedBytes, kMost);
+  EXPECT_LE(GroupedMmaShape<128>::kSharedBytes, kMost);
 }
 
 constexpr int64_t kSharedBytesOfHopper = 227 * 1024;
