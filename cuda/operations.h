@@ -40,10 +40,21 @@ bool is_gemm_sm90a_usable(Device device, std::string* why_not);
 bool supports_gemm_sm90a(const MatmulArgs& args, std::string* why_not);
 bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::string* why_not);
 bool prefers_gemm_sm90a(const MatmulArgs& args);
-bool prefers_gemm_transposed_sm90a(const MatmulTransposedArgs& args);
+bool dense_beats_gemm_sm90a(const MatmulArgs& args);
+bool dense_beats_gemm_transposed_sm90a(const MatmulTransposedArgs& args);
 int64_t gemm_sm90a_workspace_bytes(const MatmulArgs& args);
 void gemm_sm90a(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
+
+// The products on the tensor cores of sm_80 and newer, likewise.
+bool supports_gemm_sm80(const MatmulArgs& args, std::string* why_not);
+bool supports_gemm_transposed_sm80(const MatmulTransposedArgs& args, std::string* why_not);
+bool dense_beats_gemm_sm80(const MatmulArgs& args);
+bool dense_beats_gemm_transposed_sm80(const MatmulTransposedArgs& args);
+int64_t gemm_sm80_workspace_bytes(const MatmulArgs& args);
+int64_t gemm_transposed_sm80_workspace_bytes(const MatmulTransposedArgs& args);
+void gemm_sm80(const MatmulArgs& args, Workspace workspace, Stream stream);
+void gemm_transposed_sm80(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
 
 void gemm_simt(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_simt(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);

@@ -6,7 +6,9 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/double_quantize.cu
   cuda/gemm/gemm_mma.cu
   cuda/gemm/gemm_simt.cu
+  cuda/gemm/gemm_sm80.cu
   cuda/gemm/heuristics.cpp
+  cuda/gemm/sm80/plan.cpp
   cuda/gemm/sm90a/forward/plan.cpp
   cuda/gemm/sm90a/transposed/plan.cpp
   cuda/gemv/gemv_mma.cu

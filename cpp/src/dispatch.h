@@ -78,7 +78,9 @@ MatmulPlan kernel_plan(const Args& args) {
   using Traits = OpTraits<Args>;
   const KernelEntry<Args>& entry = select_kernel(args);
   const bool is_forced = forced_kernel_name(Traits::kOp, Traits::device(args).type) != nullptr;
-  return {.prefers_dense = entry.dense_is_faster && !is_forced,
+  const bool dense_is_faster =
+      entry.dense_is_faster || (entry.dense_is_faster_for && entry.dense_is_faster_for(args));
+  return {.prefers_dense = dense_is_faster && !is_forced,
           .workspace_bytes = entry.workspace_bytes ? entry.workspace_bytes(args) : 0};
 }
 

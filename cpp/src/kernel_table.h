@@ -29,6 +29,8 @@ struct KernelEntry {
   /// A plain product: a tuned dense library over the dequantized weight beats it (matmul.h,
   /// MatmulPlan).
   bool dense_is_faster = false;
+  /// The same where it depends on the arguments. Null: never.
+  bool (*dense_is_faster_for)(const Args& args) = nullptr;
 };
 
 template <class Args>

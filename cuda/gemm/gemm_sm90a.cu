@@ -157,7 +157,11 @@ bool supports_gemm_sm90a(const MatmulArgs& args, std::string* why_not) {
 
 bool prefers_gemm_sm90a(const MatmulArgs& args) {
   // Fewer rows are for kernels with less to do before the first product.
-  return args.x.rows > kGemmMmaTokens && gemm_forward_is_preferred(args.x.rows);
+  return args.x.rows > kGemmMmaTokens;
+}
+
+bool dense_beats_gemm_sm90a(const MatmulArgs& args) {
+  return !gemm_forward_is_preferred(args.x.rows);
 }
 
 int64_t gemm_sm90a_workspace_bytes(const MatmulArgs& args) {

@@ -113,8 +113,8 @@ bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::strin
          sm90a::fits(args.dy, args.dx.cols, why_not);
 }
 
-bool prefers_gemm_transposed_sm90a(const MatmulTransposedArgs& args) {
-  return gemm_transposed_is_preferred(args.dy.rows, args.weight.rows * args.weight.cols);
+bool dense_beats_gemm_transposed_sm90a(const MatmulTransposedArgs& args) {
+  return !gemm_transposed_is_preferred(args.dy.rows, args.weight.rows * args.weight.cols);
 }
 
 void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace, Stream stream) {

@@ -15,8 +15,9 @@ struct DeviceProperties {
   int minor = 0;
   int multiprocessors = 0;
   int64_t memory_bytes = 0;
-  int64_t max_shared_bytes = 0;  ///< of a thread block that asks for it
-  std::string why_not;           ///< empty when the kernels run on it
+  int64_t max_shared_bytes = 0;        ///< of a thread block that asks for it
+  int64_t processor_shared_bytes = 0;  ///< of all thread blocks of a processor
+  std::string why_not;                 ///< empty when the kernels run on it
 };
 
 struct Inventory {
@@ -43,6 +44,7 @@ DeviceProperties query_device(int index) {
   device.minor = properties.minor;
   device.multiprocessors = properties.multiProcessorCount;
   device.max_shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
+  device.processor_shared_bytes = static_cast<int64_t>(properties.sharedMemPerMultiprocessor);
   device.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
   if (device.major < kMinComputeCapabilityMajor) {
     device.why_not = "needs compute capability 8.0 or more, " + device.name + " has " +
@@ -128,6 +130,15 @@ bool is_usable(Device device, std::string* why_not) {
 
 int processor_count(Device device) {
   return inventory().devices.at(static_cast<size_t>(device.index)).multiprocessors;
+}
+
+int64_t processor_shared_bytes(Device device) {
+  return inventory().devices.at(static_cast<size_t>(device.index)).processor_shared_bytes;
+}
+
+int compute_capability(Device device) {
+  const DeviceProperties& properties = inventory().devices.at(static_cast<size_t>(device.index));
+  return properties.major * 10 + properties.minor;
 }
 
 bool is_hopper(Device device, std::string* why_not) {

@@ -23,6 +23,12 @@ bool is_usable(Device device, std::string* why_not);
 /// Multiprocessors of a usable device.
 int processor_count(Device device);
 
+/// Shared memory of one of them, in bytes.
+int64_t processor_shared_bytes(Device device);
+
+/// Of a usable device: 80 for 8.0.
+int compute_capability(Device device);
+
 /// Whether a usable device is of compute capability 9.x, for which alone sm_90a code is; if not, says why in
 /// `*why_not`.
 bool is_hopper(Device device, std::string* why_not);
