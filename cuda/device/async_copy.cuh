@@ -18,6 +18,27 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* source) 
   copy_async_16(shared_address(shared), source);
 }
 
+/// The same where `wanted`; elsewhere nothing happens. The L2 cache is asked for the whole 128 bytes around the source: for
+/// what is read piece by piece.
+__device__ __forceinline__ void copy_async_16_of_line_if(uint32_t shared, const void* source,
+                                                         bool wanted) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %2, 0;\n\t"
+      "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16;}" ::"r"(shared),
+      "l"(source), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+/// The same where `wanted`, of which only the first `bytes` are read; zeros follow.
+__device__ __forceinline__ void copy_async_up_to_16_if(uint32_t shared, const void* source,
+                                                       int bytes, bool wanted) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %3, 0;\n\t"
+      "@p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(shared),
+      "l"(source), "r"(bytes), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
 /// The same, of which only the first `bytes` are read; zeros follow. `source` is a valid address even
 /// for none.
 __device__ __forceinline__ void copy_async_up_to_16(uint32_t shared, const void* source,

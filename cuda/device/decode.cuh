@@ -102,7 +102,15 @@ class ScaleReader {
   }
 
   __device__ __forceinline__ RawScale load(uint64_t elem) const {
-    const uint64_t block = elem >> scales_.block_shift;
+    return load_block(elem >> scales_.block_shift);
+  }
+
+  /// Of unit `unit` of 64 elements, in blocks of 64 or more.
+  __device__ __forceinline__ RawScale load_unit(uint32_t unit) const {
+    return load_block(unit >> (scales_.block_shift - 6));
+  }
+
+  __device__ __forceinline__ RawScale load_block(uint64_t block) const {
     if constexpr (kDoubleQuant) {
       return {Loads::load(scales_.absmax2 + block / kGroupSize),
               Loads::load(scales_.codes + block)};

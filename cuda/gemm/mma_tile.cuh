@@ -104,7 +104,8 @@ class MmaTile {
   static constexpr int kPieces = 2 / kThreadsOfUnit;  // 16 bytes of codes, of a thread
   static constexpr int kWords = 4 * kPieces;          // eight codes each
   static_assert(kRowWarps * kColumnWarps * kWarpSize == kThreads);
-  static_assert(kWarpRows % 16 == 0 && kWarpCols % 16 == 0);
+  static_assert(kWarpRows % 16 == 0 && kWarpCols % 16 == 0 && kUnit % kWarpCols == 0);
+  static_assert(kThreads % 64 == 0);
   static_assert(kThreadsOfUnit * kTileCols == kThreads && kPieces * kThreadsOfUnit == 2);
   static_assert(kStages >= 3 && kTileRows * 8 % kThreads == 0);
 
@@ -132,7 +133,7 @@ class MmaTile {
                                       int first, int end, Sums& sums) {
     const ScaleReader<kDoubleQuant> reader(scales);
     const auto load_scale = [&](int step) {
-      return reader.load(static_cast<uint64_t>(unit_at(thread_ / kThreadsOfUnit, step)) * kUnit);
+      return reader.load_unit(static_cast<uint32_t>(unit_at(thread_ / kThreadsOfUnit, step)));
     };
     const auto make_table = [&](RawScale raw) {
       return ScaledTable::make<T>(p_.values, reader.decode(raw, map_));
@@ -154,15 +155,15 @@ class MmaTile {
     for (int step = first; step < end; ++step) {
       copy_async_wait<kStages - 3>();  // activations of this step, codes of the next
       __syncthreads();
-      fetch(step + kStages - 1, end);
-      raw = next;
-      next = load_scale(step + 2);
       const bool is_last = step + 1 == end;
       if constexpr (Shape::kHasAllRegisters) {
+        // The tensor cores get work first, and in between of what takes other pipes.
         if (!is_last) {
           const Codes codes = load_codes(step + 1);
           multiply(step, 0, sums);
-          const ScaledTable table = make_table(raw);
+          fetch(step + kStages - 1, end);
+          const ScaledTable table = make_table(next);
+          next = load_scale(step + 2);
 #pragma unroll
           for (int slice = 1; slice < kSlices; ++slice) {
             constexpr int kGaps = kSlices - 1;
@@ -172,6 +173,9 @@ class MmaTile {
           continue;
         }
       } else {
+        fetch(step + kStages - 1, end);
+        raw = next;
+        next = load_scale(step + 2);
         if (!is_last) decode(step + 1, 0, kWords, load_codes(step + 1), make_table(raw));
       }
 #pragma unroll
@@ -282,39 +286,41 @@ class MmaTile {
     }
   }
 
-  /// The slab row of a unit.
-  __device__ static __forceinline__ int slab_row_of(int unit) {
-    return kTransposed ? unit % kSlabs * kUnit + unit / kSlabs : unit;
-  }
-
-  /// Transposed, a quarter of a warp writes to several slabs.
-  __device__ static __forceinline__ int slab_permutation(int slab_row) {
+  /// Of the chunks of a slab's row. Transposed, a quarter of a warp writes to several slabs.
+  __device__ static __forceinline__ int slab_permutation(int row, int slab) {
     constexpr int kRowsAtATime = std::max(8 / (kThreadsOfUnit * kSlabs), 1);
-    return kTransposed ? slab_row % 8 ^ slab_row / kUnit * kRowsAtATime : slab_row % 8;
+    return row % 8 ^ slab * kRowsAtATime;
   }
 
-  /// Starts the copies of a step, if it is before `end`, and closes their group.
+  /// Starts the copies of a step, if it is before `end`, and closes their group. Rows beyond the tile's are its last
+  /// one in their place.
   __device__ __forceinline__ void fetch(int step, int end) {
-    if (step < end) {
-      const int slot = step % kStages;
-      const uint32_t codes = codes_ + slot * Shape::kCodeBytes;
+    const bool exists = step < end;
+    const int slot = step % kStages;
+    const uint32_t codes = codes_ + slot * Shape::kCodeBytes;
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        const int unit = (thread_ / kWarpSize * kPieces + i) * 16 + lane_ / 2;
-        copy_async_16(
-            codes + piece_at(unit, lane_ % 2),
-            packed_ + static_cast<int64_t>(unit_at(unit, step)) * kUnitBytes + lane_ % 2 * 16);
-      }
-      const uint32_t stage = activations_ + slot * Shape::kActivationBytes;
-      const int chunk = thread_ % 8;
-      const int elem = step * kUnit + chunk * kChunkElems;
-      const int elems = min(max(p_.depth - elem, 0), kChunkElems);
+    for (int i = 0; i < kPieces; ++i) {
+      const int unit = (thread_ / kWarpSize * kPieces + i) * 16 + lane_ / 2;
+      copy_async_16_of_line_if(
+          codes + piece_at(unit, lane_ % 2),
+          packed_ + static_cast<int64_t>(unit_at(unit, step)) * kUnitBytes + lane_ % 2 * 16,
+          exists);
+    }
+    const int chunk = thread_ % 8;
+    const uint32_t own = activations_ + slot * Shape::kActivationBytes +
+                         chunk_at(thread_ / 8, chunk, thread_ / 8 % 8);
+    const int elem = step * kUnit + chunk * kChunkElems;
+    const int elems = min(max(p_.depth - elem, 0), kChunkElems);
 #pragma unroll
-      for (int i = 0; i < kTileRows * 8 / kThreads; ++i) {
-        const int row = thread_ / 8 + i * (kThreads / 8);
-        const int bytes = row < rows_ ? elems * static_cast<int>(sizeof(T)) : 0;
-        const T* const source = bytes > 0 ? source_ + row * p_.activations_stride + elem : source_;
-        copy_async_up_to_16(stage + chunk_at(row, chunk, row % 8), source, bytes);
+    for (int i = 0; i < kTileRows * 8 / kThreads; ++i) {
+      const int row = thread_ / 8 + i * (kThreads / 8);
+      const T* const source = source_ + min(row, rows_ - 1) * p_.activations_stride;
+      const uint32_t target = own + i * (kThreads / 8) * kRowBytes;
+      if constexpr (kTransposed) {
+        copy_async_up_to_16_if(target, elems > 0 ? source + elem : source,
+                               elems * static_cast<int>(sizeof(T)), exists);
+      } else {
+        copy_async_16_of_line_if(target, source + elem, exists);
       }
     }
     copy_async_commit();
@@ -339,12 +345,16 @@ class MmaTile {
   /// Decodes some words of this thread's codes of a step.
   __device__ __forceinline__ void decode(int step, int first_word, int end_word, const Codes& codes,
                                          const ScaledTable& table) const {
-    const int row = slab_row_of(thread_ / kThreadsOfUnit);
+    const int unit = thread_ / kThreadsOfUnit;
+    const int slab = kTransposed ? unit % kSlabs : 0;
+    const int row = kTransposed ? unit / kSlabs : unit;
+    const int permutation = slab_permutation(row, slab);
     const uint32_t tile = weights_ + step % 2 * Shape::kWeightBytes;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       if (word < first_word || word >= end_word) continue;
-      store_shared(tile + chunk_at(row, thread_ % kThreadsOfUnit * 4 + word, slab_permutation(row)),
+      const int chunk = thread_ % kThreadsOfUnit * 4 + word;
+      store_shared(tile + chunk_at(slab * kUnit + row, chunk, permutation),
                    table.decode(codes.words[word]));
     }
   }
@@ -353,24 +363,25 @@ class MmaTile {
   __device__ __forceinline__ void multiply(int step, int slice, Sums& sums) const {
     const uint32_t stage = activations_ + step % kStages * Shape::kActivationBytes;
     const uint32_t tile = weights_ + step % 2 * Shape::kWeightBytes;
+    // Whatever the warp, its first row and column are multiples of sixteen: rows modulo eight are lanes modulo eight.
+    const uint32_t own_a =
+        stage + chunk_at(warp_row_ + lane_ % 16, slice * 2 + lane_ / 16, lane_ % 8);
     uint32_t a[kWarpRows / 16][4];
 #pragma unroll
-    for (int i = 0; i < kWarpRows / 16; ++i) {
-      const int row = warp_row_ + i * 16 + lane_ % 16;
-      load_matrix_x4(stage + chunk_at(row, slice * 2 + lane_ / 16, row % 8), a[i]);
-    }
+    for (int i = 0; i < kWarpRows / 16; ++i) load_matrix_x4(own_a + i * 16 * kRowBytes, a[i]);
 #pragma unroll
     for (int j = 0; j < kWarpCols / 16; ++j) {
       uint32_t b[4];  // columns 0..7 of sixteen, then 8..15
-      const int col = warp_col_ + j * 16;
       if constexpr (kTransposed) {
-        const int at = col + lane_ / 16 * 8;
-        const int row = at / kUnit * kUnit + slice * 16 + lane_ % 16;
-        load_matrix_x4_transposed(
-            tile + chunk_at(row, at % kUnit / kChunkElems, slab_permutation(row)), b);
+        const int slab = warp_col_ / kUnit;
+        const int chunk = warp_col_ % kUnit / kChunkElems + j * 2 + lane_ / 16;
+        const uint32_t own_b =
+            tile + chunk_at(slab * kUnit + lane_ % 16, chunk, slab_permutation(lane_, slab));
+        load_matrix_x4_transposed(own_b + slice * 16 * kRowBytes, b);
       } else {
-        const int row = col + lane_ % 8 + lane_ / 16 * 8;
-        load_matrix_x4(tile + chunk_at(row, slice * 2 + lane_ / 8 % 2, slab_permutation(row)), b);
+        const uint32_t own_b = tile + chunk_at(warp_col_ + lane_ % 8 + lane_ / 16 * 8,
+                                               slice * 2 + lane_ / 8 % 2, lane_ % 8);
+        load_matrix_x4(own_b + j * 16 * kRowBytes, b);
       }
 #pragma unroll
       for (int i = 0; i < kWarpRows / 16; ++i) {
