@@ -8,16 +8,14 @@
 //   - One or two threads decode a unit, 64 weights of a row with one scale, by a table of the sixteen
 //     products with the scale, rounded to the 16-bit type: the weights are those of dequantize_4bit.
 //     They go to one of two tiles while the other is multiplied.
-//   - Each warp multiplies a part of the tile, m16n8k16, adding in fp32. One barrier a step.
+//   - Each warp multiplies a part of the tile, m16n8k16, in fp32. One barrier a step.
 //
 // The weights' tile consists of slab rows of 64 weights that are neighbours in memory: a slab row is
 // a row of W in the forward direction; in the transposed one, 64 of them are the rows of W of the step
 // in 64 columns. What differs is how a warp reads it: transposed in the other direction (ldmatrix).
 //
-// In shared memory 16-byte chunks of rows of 128 bytes are permuted (`chunk_at`), so that the rows and chunks that eight
-// threads access at a time lie in different banks.
-//
-// The depth is walked in one order: the same arguments give the same bits.
+// In shared memory 16-byte chunks of rows of 128 bytes are permuted (`chunk_at`), so that what eight
+// threads access at a time lies in different banks. The depth is walked in one order: the same arguments give the same bits.
 #pragma once
 
 #include <algorithm>
@@ -103,9 +101,8 @@ class MmaTile {
   static constexpr int kThreadsOfUnit = kThreads / kTileCols;
   static constexpr int kPieces = 2 / kThreadsOfUnit;  // 16 bytes of codes, of a thread
   static constexpr int kWords = 4 * kPieces;          // eight codes each
-  static_assert(kRowWarps * kColumnWarps * kWarpSize == kThreads);
+  static_assert(kRowWarps * kColumnWarps * kWarpSize == kThreads && kThreads % 64 == 0);
   static_assert(kWarpRows % 16 == 0 && kWarpCols % 16 == 0 && kUnit % kWarpCols == 0);
-  static_assert(kThreads % 64 == 0);
   static_assert(kThreadsOfUnit * kTileCols == kThreads && kPieces * kThreadsOfUnit == 2);
   static_assert(kStages >= 3 && kTileRows * 8 % kThreads == 0);
 
@@ -233,18 +230,6 @@ class MmaTile {
     }
   }
 
-  /// Writes zeros.
-  __device__ __forceinline__ void clear_out(const MmaTilePlace& place) const {
-    const int rows = rows_of(place);
-    for (int i = thread_; i < kTileRows * kTileCols; i += kThreads) {
-      const int row = i / kTileCols;
-      const int col = place.col0 + i % kTileCols;
-      if (row < rows && col < p_.cols) {
-        p_.out[(place.row0 + row) * p_.out_stride + col] = from_float<T>(0.0f);
-      }
-    }
-  }
-
  private:
   struct Codes {
     uint32_t words[kWords];
@@ -261,6 +246,11 @@ class MmaTile {
   }
   __device__ __forceinline__ int col_in_tile(int j) const {
     return warp_col_ + j * 8 + lane_ % 4 * 2;
+  }
+
+  /// Where a step's activations and codes are in their rings.
+  __device__ static __forceinline__ uint32_t slot_of(int step) {
+    return static_cast<uint32_t>(step) % kStages;
   }
 
   /// Where chunk `chunk` of row `row` is, in bytes from a tile's first.
@@ -296,8 +286,7 @@ class MmaTile {
   /// one in their place.
   __device__ __forceinline__ void fetch(int step, int end) {
     const bool exists = step < end;
-    const int slot = step % kStages;
-    const uint32_t codes = codes_ + slot * Shape::kCodeBytes;
+    const uint32_t codes = codes_ + slot_of(step) * Shape::kCodeBytes;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int unit = (thread_ / kWarpSize * kPieces + i) * 16 + lane_ / 2;
@@ -307,7 +296,7 @@ class MmaTile {
           exists);
     }
     const int chunk = thread_ % 8;
-    const uint32_t own = activations_ + slot * Shape::kActivationBytes +
+    const uint32_t own = activations_ + slot_of(step) * Shape::kActivationBytes +
                          chunk_at(thread_ / 8, chunk, thread_ / 8 % 8);
     const int elem = step * kUnit + chunk * kChunkElems;
     const int elems = min(max(p_.depth - elem, 0), kChunkElems);
@@ -328,7 +317,7 @@ class MmaTile {
 
   /// This thread's codes of a step.
   __device__ __forceinline__ Codes load_codes(int step) const {
-    const uint32_t stage = codes_ + step % kStages * Shape::kCodeBytes;
+    const uint32_t stage = codes_ + slot_of(step) * Shape::kCodeBytes;
     Codes codes;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
@@ -349,7 +338,7 @@ class MmaTile {
     const int slab = kTransposed ? unit % kSlabs : 0;
     const int row = kTransposed ? unit / kSlabs : unit;
     const int permutation = slab_permutation(row, slab);
-    const uint32_t tile = weights_ + step % 2 * Shape::kWeightBytes;
+    const uint32_t tile = weights_ + step % 2u * Shape::kWeightBytes;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       if (word < first_word || word >= end_word) continue;
@@ -361,8 +350,8 @@ class MmaTile {
 
   /// Adds the products of sixteen of a step's depth.
   __device__ __forceinline__ void multiply(int step, int slice, Sums& sums) const {
-    const uint32_t stage = activations_ + step % kStages * Shape::kActivationBytes;
-    const uint32_t tile = weights_ + step % 2 * Shape::kWeightBytes;
+    const uint32_t stage = activations_ + slot_of(step) * Shape::kActivationBytes;
+    const uint32_t tile = weights_ + step % 2u * Shape::kWeightBytes;
     // Whatever the warp, its first row and column are multiples of sixteen: rows modulo eight are lanes modulo eight.
     const uint32_t own_a =
         stage + chunk_at(warp_row_ + lane_ % 16, slice * 2 + lane_ / 16, lane_ % 8);

@@ -33,6 +33,19 @@ struct GroupedMmaParams {
   int64_t column_tiles;
 };
 
+/// Writes zeros to a tile: its rows are of no group.
+template <class T, class Shape>
+__device__ __forceinline__ void clear(const MmaProduct<T>& product, const MmaTilePlace& place) {
+  for (int i = static_cast<int>(threadIdx.x); i < Shape::kRows * Shape::kCols;
+       i += Shape::kThreads) {
+    const int64_t row = place.row0 + i / Shape::kCols;
+    const int col = place.col0 + i % Shape::kCols;
+    if (row < place.end_row && col < product.cols) {
+      product.out[row * product.out_stride + col] = from_float<T>(0.0f);
+    }
+  }
+}
+
 template <class T, class Shape, bool kTransposed, bool kDoubleQuant>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grouped_kernel(const __grid_constant__ GroupedMmaParams<T> p) {
@@ -46,7 +59,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     MmaTilePlace place{tile.row0, tile.end_row, static_cast<int>(tile.column_tile) * Shape::kCols,
                        p.stack.packed};
     if (tile.group >= p.ends.groups) {
-      multiplier.clear_out(place);
+      clear<T, Shape>(p.product, place);
       continue;
     }
     place.packed = p.stack.packed_of(tile.group);
