@@ -186,7 +186,7 @@ void run(const char* name, const Operands& args, Workspace workspace, Stream str
             name, device, params, to_cuda(stream));
       });
     });
-    if (plan.splits_tiles()) {
+    if (plan.cuts_tiles()) {
       const int64_t blocks_of_tile = adding_blocks_of_tile(plan);
       launch(name, gemm_sm80_add_parts_kernel<T>,
              {.grid = plan.tiles * blocks_of_tile, .block = kAddingThreads}, to_cuda(stream),

@@ -52,7 +52,7 @@ TEST(GemmSm80Plan, GivesEveryStepOfEveryTileToOneBlock) {
 
 TEST(GemmSm80Plan, PartsOfTilesHaveTheirPlacesInTheWorkspace) {
   const GemmSm80Plan plan = plan_sm80_for(kA100, 17, 4096, 4096);
-  ASSERT_TRUE(plan.splits_tiles());
+  ASSERT_TRUE(plan.cuts_tiles());
   std::set<int> parts;
   for (int block = 0; block < plan.grid; ++block) {
     int piece = gemm_sm80_first_piece(plan, block);
@@ -74,14 +74,13 @@ TEST(GemmSm80Plan, PartsOfTilesHaveTheirPlacesInTheWorkspace) {
 
 TEST(GemmSm80Plan, TilesAreCutOnlyWhereProcessorsWouldIdle) {
   const GemmSm80Plan few = plan_sm80_for(kA100, 32, 4096, 4096);
-  EXPECT_TRUE(few.splits_tiles()) << "32 tiles";
+  EXPECT_TRUE(few.cuts_tiles()) << "32 tiles";
   EXPECT_EQ(few.grid, 2 * 108);
   const GemmSm80Plan uneven = plan_sm80_for(kA100, 512, 4096, 4096);
-  EXPECT_TRUE(uneven.splits_tiles()) << "64 tiles of 128 x 256";
+  EXPECT_TRUE(uneven.cuts_tiles()) << "64 tiles of 128 x 256";
   EXPECT_EQ(uneven.grid, 108);
-  EXPECT_FALSE(plan_sm80_for(kA100, 512, 27 * 256, 4096).splits_tiles())
-      << "one for each processor";
-  EXPECT_FALSE(plan_sm80_for(kA100, 64, 64, 512).splits_tiles()) << "short";
+  EXPECT_FALSE(plan_sm80_for(kA100, 512, 27 * 256, 4096).cuts_tiles()) << "one for each processor";
+  EXPECT_FALSE(plan_sm80_for(kA100, 64, 64, 512).cuts_tiles()) << "short";
   EXPECT_EQ(plan_sm80_for(kA100, 512, 27 * 256, 4096).workspace_bytes(), 0);
   EXPECT_LE(uneven.workspace_bytes(), 32 << 20);
 }
@@ -89,9 +88,11 @@ TEST(GemmSm80Plan, TilesAreCutOnlyWhereProcessorsWouldIdle) {
 TEST(GemmSm80Plan, TakesTheTileThatSuitsRowsAndSharedMemory) {
   EXPECT_EQ(plan_sm80_for(kA100, 17, 4096, 4096).tile, GemmSm80Tile::k32);
   EXPECT_EQ(plan_sm80_for(kA100, 33, 4096, 4096).tile, GemmSm80Tile::k64);
-  EXPECT_EQ(plan_sm80_for(kA100, 65, 4096, 4096).tile, GemmSm80Tile::kWide);
-  EXPECT_EQ(plan_sm80_for(kA100, 65, 128, 4096).tile, GemmSm80Tile::k128) << "half would be empty";
-  EXPECT_EQ(plan_sm80_for(kRtx4090, 65, 4096, 4096).tile, GemmSm80Tile::k128);
+  EXPECT_EQ(plan_sm80_for(kA100, 65, 4096, 4096).tile, GemmSm80Tile::k128) << "few, cut often";
+  EXPECT_EQ(plan_sm80_for(kA100, 512, 4096, 4096).tile, GemmSm80Tile::kWide);
+  EXPECT_EQ(plan_sm80_for(kA100, 8192, 128, 4096).tile, GemmSm80Tile::k128)
+      << "half would be empty";
+  EXPECT_EQ(plan_sm80_for(kRtx4090, 512, 4096, 4096).tile, GemmSm80Tile::k128) << "no room";
 }
 
 TEST(GemmSm80Plan, EveryTileFitsWhereItIsTaken) {

@@ -9,8 +9,8 @@ namespace {
 constexpr int64_t kStep = 64;
 constexpr int64_t kReservedSharedBytes = 1024;  // by the system, of every thread block
 
-// What cutting tiles costs, writing and adding up their parts, in steps of a thread block.
-constexpr int64_t kStepsOfSplitting = 8;
+// What cutting tiles costs, writing and adding up their parts, for each thread block of a processor, in steps.
+constexpr int64_t kStepsOfCutting = 8;
 // A share that is shorter spends its time filling the pipeline and writing sums.
 constexpr int64_t kFewestSteps = 8;
 
@@ -37,17 +37,19 @@ GemmSm80Plan plan_with(const GemmSm80Problem& problem, GemmSm80Tile tile) {
   plan.part_rows = static_cast<int>(std::min<int64_t>(problem.rows, Shape::kRows));
 
   const int64_t steps = ceil_div(problem.depth, kStep);
-  const int64_t blocks =
-      std::max<int64_t>(1, problem.processors * blocks_at_a_time<Shape>(problem.shared_bytes));
-  const int64_t whole_time = ceil_div(tiles, blocks) * steps;  // of the block with most tiles
-  const int64_t split_blocks = std::clamp<int64_t>(tiles * steps / kFewestSteps, 1, blocks);
-  const int64_t split_time = ceil_div(tiles * steps, split_blocks) + kStepsOfSplitting;
-  const bool is_split =
-      split_time < whole_time && tiles * steps <= std::numeric_limits<int32_t>::max();
+  const int64_t blocks_of_processor =
+      std::max<int64_t>(1, blocks_at_a_time<Shape>(problem.shared_bytes));
+  const int64_t blocks = problem.processors * blocks_of_processor;
+  // Thread blocks of a processor share what bounds them: time is counted in steps of a processor.
+  const int64_t whole_time = ceil_div(tiles, problem.processors) * steps;
+  const int64_t cut_blocks = std::clamp<int64_t>(tiles * steps / kFewestSteps, 1, blocks);
+  const int64_t cut_time = ceil_div(tiles * steps, std::min(cut_blocks, problem.processors)) +
+                           kStepsOfCutting * blocks_of_processor;
+  const bool is_cut = cut_time < whole_time && tiles * steps <= std::numeric_limits<int32_t>::max();
 
-  plan.pieces = static_cast<int>(is_split ? steps : 1);
-  plan.piece_steps = static_cast<int>(is_split ? 1 : steps);
-  plan.grid = static_cast<int>(is_split ? split_blocks : std::min(tiles, blocks));
+  plan.pieces = static_cast<int>(is_cut ? steps : 1);
+  plan.piece_steps = static_cast<int>(is_cut ? 1 : steps);
+  plan.grid = static_cast<int>(is_cut ? cut_blocks : std::min(tiles, blocks));
   const int64_t pieces = tiles * plan.pieces;
   plan.share = static_cast<int>(pieces / plan.grid);
   plan.blocks_with_more = static_cast<int>(pieces % plan.grid);
@@ -59,9 +61,11 @@ GemmSm80Plan plan_with(const GemmSm80Problem& problem, GemmSm80Tile tile) {
 GemmSm80Plan plan_gemm_sm80(const GemmSm80Problem& problem) {
   if (problem.rows <= 32) return plan_with<GemmSm80Tile32>(problem, GemmSm80Tile::k32);
   if (problem.rows <= 64) return plan_with<GemmSm80Tile64>(problem, GemmSm80Tile::k64);
-  const bool has_room = blocks_at_a_time<GemmSm80WideTile>(problem.shared_bytes) > 0;
-  if (has_room && problem.cols > GemmSm80Tile128::kCols) {
-    return plan_with<GemmSm80WideTile>(problem, GemmSm80Tile::kWide);
+  // The wide tile reads less of shared memory, but the parts that it is cut into are larger.
+  if (blocks_at_a_time<GemmSm80WideTile>(problem.shared_bytes) > 0 &&
+      problem.cols > GemmSm80Tile128::kCols) {
+    const GemmSm80Plan plan = plan_with<GemmSm80WideTile>(problem, GemmSm80Tile::kWide);
+    if (2 * plan.tiles >= problem.processors) return plan;
   }
   return plan_with<GemmSm80Tile128>(problem, GemmSm80Tile::k128);
 }

@@ -42,10 +42,10 @@ struct GemmSm80Plan {
   int part_rows;         ///< of a part of a tile in the workspace, [part_rows, tile_cols] floats
 
   /// Whether some tiles may belong to several thread blocks.
-  constexpr bool splits_tiles() const { return pieces > 1; }
+  constexpr bool cuts_tiles() const { return pieces > 1; }
   /// Two parts of tiles for each thread block.
   constexpr int64_t workspace_bytes() const {
-    return splits_tiles() ? int64_t{2} * grid * part_rows * tile_cols * 4 : 0;
+    return cuts_tiles() ? int64_t{2} * grid * part_rows * tile_cols * 4 : 0;
   }
 };
 
