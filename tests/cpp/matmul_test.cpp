@@ -8,38 +8,10 @@
 #include "support/kernel_runs.h"
 #include "support/number_formats.h"
 #include "support/problem.h"
+#include "support/product.h"
 
 namespace qlora_native::testing {
 namespace {
-
-/// A product out[M, C] = A[M, D] * B[D, C] (+ bias), as the library is asked for it.
-struct Product {
-  WeightSpec weight;
-  int64_t m = 1;
-  DType dtype = DType::kFloat32;
-  bool transposed = false;  ///< B = W instead of W^T
-  bool has_bias = false;
-  int64_t a_padding = 0;    ///< elements between the rows of A
-  int64_t out_padding = 0;  ///< elements between the rows of out
-
-  int64_t depth() const { return transposed ? weight.rows : weight.cols; }
-  int64_t columns() const { return transposed ? weight.cols : weight.rows; }
-  Op op() const { return transposed ? Op::kMatmul4bitTransposed : Op::kMatmul4bit; }
-};
-
-struct Inputs {
-  HostWeight weight;
-  std::vector<double> a;     ///< [m, depth]
-  std::vector<double> bias;  ///< [columns] or empty
-};
-
-Inputs make_inputs(const Product& p, uint32_t seed) {
-  Inputs inputs;
-  inputs.weight = random_weight(p.weight, seed);
-  inputs.a = gaussian(p.m * p.depth(), p.dtype, seed + 1);
-  if (p.has_bias) inputs.bias = gaussian(p.columns(), p.dtype, seed + 2);
-  return inputs;
-}
 
 struct Reference {
   std::vector<double> exact;       ///< fp64 product of the fp32 weights
@@ -47,7 +19,7 @@ struct Reference {
   std::vector<double> from_dtype;  ///< fp64 product of weights rounded to dtype, rounded to dtype
 };
 
-Reference multiply(const Product& p, const Inputs& inputs) {
+Reference multiply(const Product& p, const ProductInputs& inputs) {
   const std::vector<double> w = reference_decode(p.weight, inputs.weight);
   const auto columns = static_cast<size_t>(p.columns());
   const auto depth = static_cast<size_t>(p.depth());
@@ -71,62 +43,6 @@ Reference multiply(const Product& p, const Inputs& inputs) {
     }
   }
   return r;
-}
-
-/// Rows of `cols` values with `padding` poisoned elements behind each.
-std::vector<uint8_t> with_padding(DType dtype, const std::vector<double>& values, int64_t rows,
-                                  int64_t cols, int64_t padding) {
-  std::vector<uint8_t> bytes;
-  const std::vector<uint8_t> dense = to_bytes(dtype, values);
-  const int64_t row_bytes = cols * size_bytes(dtype);
-  for (int64_t row = 0; row < rows; ++row) {
-    bytes.insert(bytes.end(), dense.begin() + row * row_bytes,
-                 dense.begin() + (row + 1) * row_bytes);
-    bytes.insert(bytes.end(), static_cast<size_t>(padding * size_bytes(dtype)), 0xff);
-  }
-  return bytes;
-}
-
-/// Runs the product; returns out, dense, having checked that nothing else was written.
-std::vector<double> run_on(Device device, const Product& p, const Inputs& inputs) {
-  DeviceWeight weight(device, p.weight, inputs.weight);
-  const auto a_bytes = with_padding(p.dtype, inputs.a, p.m, p.depth(), p.a_padding);
-  const auto bias_bytes = to_bytes(p.dtype, inputs.bias);
-  DeviceArray<uint8_t> a(device, std::span<const uint8_t>(a_bytes));
-  DeviceArray<uint8_t> bias(device, std::span<const uint8_t>(bias_bytes));
-  const int64_t out_stride = p.columns() + p.out_padding;
-  DeviceArray<uint8_t> out(device, p.m * out_stride * size_bytes(p.dtype));
-
-  const MatrixView a_view{a.data(), p.m, p.depth(), p.depth() + p.a_padding, p.dtype, device};
-  const MutableMatrixView out_view{out.data(), p.m, p.columns(), out_stride, p.dtype, device};
-  const TestStream stream(device);
-  if (p.transposed) {
-    const MatmulTransposedArgs args{a_view, weight.view(), out_view};
-    DeviceArray<uint8_t> workspace(device, matmul_4bit_transposed_workspace_bytes(args));
-    matmul_4bit_transposed(args, {workspace.data(), workspace.size()}, stream.get());
-    stream.synchronize();
-    workspace.expect_guards_intact();
-  } else {
-    MatmulArgs args{a_view, weight.view(), {}, out_view};
-    if (p.has_bias) args.bias = {bias.data(), p.columns(), p.dtype, device};
-    DeviceArray<uint8_t> workspace(device, matmul_4bit_workspace_bytes(args));
-    matmul_4bit(args, {workspace.data(), workspace.size()}, stream.get());
-    stream.synchronize();
-    workspace.expect_guards_intact();
-  }
-  out.expect_guards_intact();
-
-  const std::vector<uint8_t> bytes = out.to_host();
-  std::vector<uint8_t> dense;
-  const int64_t width = size_bytes(p.dtype);
-  for (int64_t row = 0; row < p.m; ++row) {
-    const auto begin = bytes.begin() + row * out_stride * width;
-    dense.insert(dense.end(), begin, begin + p.columns() * width);
-    for (int64_t i = p.columns() * width; i < out_stride * width; ++i) {
-      EXPECT_EQ(begin[i], 0xff) << "padding of row " << row << " was written to";
-    }
-  }
-  return from_bytes(p.dtype, dense);
 }
 
 double root_mean_square(const std::vector<double>& a, const std::vector<double>& b) {
@@ -160,21 +76,21 @@ void expect_accurate(const Product& p, const Reference& r, const std::vector<dou
 
 void expect_every_kernel_accurate(const Product& p, uint32_t seed) {
   SCOPED_TRACE(::testing::Message() << p.weight << ", M " << p.m << ", " << name(p.dtype));
-  const Inputs inputs = make_inputs(p, seed);
+  const ProductInputs inputs = make_product_inputs(p, seed);
   const Reference reference = multiply(p, inputs);
   for (const Device device : test_devices()) {
     for_each_kernel(p.op(), device,
-                    [&] { expect_accurate(p, reference, run_on(device, p, inputs), device); });
+                    [&] { expect_accurate(p, reference, run_product(device, p, inputs), device); });
   }
 }
 
 void expect_nan_where_used(const Product& p) {
   SCOPED_TRACE(::testing::Message() << "M " << p.m << ", " << name(p.dtype));
-  Inputs inputs = make_inputs(p, 700);
+  ProductInputs inputs = make_product_inputs(p, 700);
   inputs.weight.absmax[4] = std::numeric_limits<float>::quiet_NaN();  // row 2, columns 0..63
   for (const Device device : test_devices()) {
     for_each_kernel(p.op(), device, [&] {
-      const std::vector<double> out = run_on(device, p, inputs);
+      const std::vector<double> out = run_product(device, p, inputs);
       for (size_t i = 0; i < out.size(); ++i) {
         const size_t column = i % static_cast<size_t>(p.columns());
         EXPECT_EQ(std::isnan(out[i]), p.transposed ? column < 64 : column == 2) << i;
@@ -230,7 +146,8 @@ TEST_P(Matmul, EveryTypeAndDtype) {
   }
 }
 
-/// What they cut, with remainders: sixteen rows, pieces of 64 and 128, segments of 4096, panels of 256 and 512, depths.
+/// What the bfloat16 kernels cut a product into: sixteen rows, chunks of 64 weights, pieces of two,
+/// segments of 4096, panels of 256 and 512, long depths; each with a remainder, and each block size.
 TEST_P(Matmul, BFloat16OfEveryCut) {
   uint32_t seed = 250;
   const int64_t shapes[][3] = {
@@ -273,14 +190,14 @@ TEST_P(Matmul, RepeatsItsBitsWithEveryNumberOfThreads) {
   for (const int64_t m : {1, 4, 37, 40, 70}) {
     const DType dtype = m % 4 == 0 ? DType::kFloat32 : DType::kBFloat16;
     const Product p{{130, 2304, 64, kNF4, true}, m, dtype, transposed()};
-    const Inputs inputs = make_inputs(p, 500);
+    const ProductInputs inputs = make_product_inputs(p, 500);
     for_each_kernel(p.op(), Device::cpu(), [&] {
       const int threads_before = cpu_threads();
       set_cpu_threads(1);
-      const std::vector<double> expected = run_on(Device::cpu(), p, inputs);
+      const std::vector<double> expected = run_product(Device::cpu(), p, inputs);
       for (const int threads : {2, 5}) {
         set_cpu_threads(threads);
-        EXPECT_EQ(run_on(Device::cpu(), p, inputs), expected) << threads << " threads";
+        EXPECT_EQ(run_product(Device::cpu(), p, inputs), expected) << threads << " threads";
       }
       set_cpu_threads(threads_before);
     });
@@ -294,7 +211,7 @@ TEST_P(Matmul, NothingToDo) {
       for (const auto& [m, rows, cols] :
            {std::array<int64_t, 3>{0, 8, 64}, {3, 0, 64}, {1, 8, 0}, {3, 8, 0}, {40, 8, 0}}) {
         const Product p{{rows, cols, 64, kNF4, false}, m, dtype, transposed()};
-        const std::vector<double> out = run_on(device, p, make_inputs(p, 600));
+        const std::vector<double> out = run_product(device, p, make_product_inputs(p, 600));
         // Without a term the sum is zero.
         EXPECT_EQ(out, std::vector<double>(static_cast<size_t>(p.m * p.columns()), 0.0));
       }
@@ -313,11 +230,11 @@ TEST_P(Matmul, NanBlocksSpreadOnlyToWhatUsesThem) {
 TEST_P(Matmul, ZeroBlocksAndRowsGiveZeros) {
   for (const int64_t m : {3, 70}) {
     const Product p{{6, 128, 64, kNF4, false}, m, DType::kBFloat16, transposed()};
-    Inputs inputs = make_inputs(p, 710);
+    ProductInputs inputs = make_product_inputs(p, 710);
     std::fill(inputs.weight.absmax.begin(), inputs.weight.absmax.end(), 0.0f);
     const std::vector<double> zeros(static_cast<size_t>(p.m * p.columns()), 0.0);
     for (const Device device : test_devices()) {
-      for_each_kernel(p.op(), device, [&] { EXPECT_EQ(run_on(device, p, inputs), zeros); });
+      for_each_kernel(p.op(), device, [&] { EXPECT_EQ(run_product(device, p, inputs), zeros); });
     }
   }
 }
@@ -325,11 +242,11 @@ TEST_P(Matmul, ZeroBlocksAndRowsGiveZeros) {
 TEST_P(Matmul, AnInfinityOfARowStaysInIt) {
   for (const int64_t m : {3, 70}) {
     const Product p{{6, 128, 64, kNF4, false}, m, DType::kBFloat16, transposed()};
-    Inputs inputs = make_inputs(p, 720);
+    ProductInputs inputs = make_product_inputs(p, 720);
     inputs.a[static_cast<size_t>(p.depth())] = std::numeric_limits<double>::infinity();  // row 1
     for (const Device device : test_devices()) {
       for_each_kernel(p.op(), device, [&] {
-        const std::vector<double> out = run_on(device, p, inputs);
+        const std::vector<double> out = run_product(device, p, inputs);
         for (size_t i = 0; i < out.size(); ++i) {
           EXPECT_EQ(std::isfinite(out[i]), i / static_cast<size_t>(p.columns()) != 1) << i;
         }
@@ -354,10 +271,10 @@ TEST(MatmulBias, IsAddedBeforeTheOneRounding) {
 TEST(MatmulBias, IsAllThereIsWhenKIsZero) {
   Product p{{9, 0, 64, kNF4, false}, 4, DType::kBFloat16, false};
   p.has_bias = true;
-  const Inputs inputs = make_inputs(p, 900);
+  const ProductInputs inputs = make_product_inputs(p, 900);
   for (const Device device : test_devices()) {
     for_each_kernel(p.op(), device, [&] {
-      const std::vector<double> out = run_on(device, p, inputs);
+      const std::vector<double> out = run_product(device, p, inputs);
       for (size_t i = 0; i < out.size(); ++i) EXPECT_EQ(out[i], inputs.bias[i % 9]) << i;
     });
   }
@@ -366,9 +283,9 @@ TEST(MatmulBias, IsAllThereIsWhenKIsZero) {
 TEST(MatmulKernels, OnTheCpuOnlyGemvDeclinesAShape) {
   for (const bool transposed : {false, true}) {
     const Product p{{5, 99, 64, kNF4, false}, 2, DType::kBFloat16, transposed};
-    const Inputs inputs = make_inputs(p, 1000);
+    const ProductInputs inputs = make_product_inputs(p, 1000);
     const auto ran =
-        for_each_kernel(p.op(), Device::cpu(), [&] { run_on(Device::cpu(), p, inputs); });
+        for_each_kernel(p.op(), Device::cpu(), [&] { run_product(Device::cpu(), p, inputs); });
     for (const std::string& kernel : usable_kernels(p.op(), Device::cpu())) {
       const bool declines = kernel.starts_with("gemv");
       EXPECT_EQ(std::find(ran.begin(), ran.end(), kernel) == ran.end(), declines) << kernel;
@@ -385,7 +302,7 @@ TEST_P(Matmul, OnACpuWithAmxAFewRowsTakeGemvAndMoreTakeAmx) {
   }
   const auto selected = [&](int64_t m, int64_t cols, DType dtype) {
     const Product p{{8, cols, 64, kNF4, false}, m, dtype, transposed()};
-    run_on(Device::cpu(), p, make_inputs(p, 1100));
+    run_product(Device::cpu(), p, make_product_inputs(p, 1100));
     return last_kernel(p.op());
   };
   EXPECT_EQ(selected(4, 128, DType::kBFloat16), "gemv_avx512");

@@ -1,0 +1,89 @@
+// Products that fill a GPU, so that kernels take their largest tiles and cut long depths: outputs chosen at random, against
+// fp64 sums over the decoded weight.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <random>
+
+#include "support/kernel_runs.h"
+#include "support/number_formats.h"
+#include "support/product.h"
+
+namespace qlora_native::testing {
+namespace {
+
+void expect_samples_accurate(const Product& p, uint32_t seed) {
+  SCOPED_TRACE(::testing::Message() << p.weight << ", M " << p.m << ", " << name(p.dtype));
+  const ProductInputs inputs = make_product_inputs(p, seed);
+  const std::vector<double> w = reference_decode(p.weight, inputs.weight);
+  const double relative =
+      unit_roundoff(DType::kFloat32) * (8 + 2 * std::sqrt(static_cast<double>(p.depth()))) +
+      unit_roundoff(p.dtype);
+  for (const Device device : test_devices()) {
+    if (!device.is_cuda()) continue;
+    for_each_kernel(p.op(), device, [&] {
+      const std::vector<double> out = run_product(device, p, inputs);
+      std::mt19937 random(seed);
+      for (int sample = 0; sample < 3000; ++sample) {
+        // The last rows and columns too: those of tiles that are not full.
+        const int64_t row = sample % 3 == 0 ? p.m - 1 : static_cast<int64_t>(random()) % p.m;
+        const int64_t column =
+            sample % 3 == 1 ? p.columns() - 1 : static_cast<int64_t>(random()) % p.columns();
+        double exact = p.has_bias ? inputs.bias[static_cast<size_t>(column)] : 0.0;
+        double magnitude = std::fabs(exact);
+        for (int64_t d = 0; d < p.depth(); ++d) {
+          const int64_t at = p.transposed ? d * p.weight.cols + column : column * p.weight.cols + d;
+          const double term =
+              inputs.a[static_cast<size_t>(row * p.depth() + d)] * w[static_cast<size_t>(at)];
+          exact += term;
+          magnitude += std::fabs(term);
+        }
+        const double bound =
+            std::fabs(exact) * unit_roundoff(p.dtype) * 1.01 + relative * magnitude;
+        ASSERT_NEAR(out[static_cast<size_t>(row * p.columns() + column)], exact, bound)
+            << "row " << row << ", column " << column;
+      }
+    });
+  }
+}
+
+bool has_gpu() {
+  for (const Device device : test_devices()) {
+    if (device.is_cuda()) return true;
+  }
+  return false;
+}
+
+TEST(LargeMatmul, IsAccurateInEveryTileOfEveryKernel) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  // How gemm_sm80 cuts them for 132 processors: wide tiles, whole; a few more of them than processors, cut; narrow
+  // ones, cut; tiles of 64 rows, cut; tiles of 32, whole.
+  const int64_t shapes[][3] = {
+      {520, 4120, 192}, {300, 11300, 1408}, {650, 320, 2112}, {61, 4104, 3136}, {29, 9024, 2112}};
+  uint32_t seed = 40;
+  for (const auto& [m, cols, depth] : shapes) {
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      const bool double_quant = dtype == DType::kBFloat16;
+      const int64_t odd = double_quant ? 3 : 0;
+      Product forward{{cols + odd, depth, 64, kNF4, double_quant}, m, dtype, false};
+      forward.has_bias = true;
+      expect_samples_accurate(forward, ++seed);
+      const int64_t k = (cols + 63) / 64 * 64;
+      expect_samples_accurate({{depth, k, 64, kNF4, double_quant}, m, dtype, true}, ++seed);
+    }
+  }
+}
+
+TEST(LargeMatmul, RunsOnTensorCoresWhereADenseLibraryWouldBeFasterStill) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  for (const bool transposed : {false, true}) {
+    const Product p{{256, 128, 64, kNF4, true}, 2000, DType::kBFloat16, transposed};
+    run_product(Device::cuda(0), p, make_product_inputs(p, 90));
+    EXPECT_NE(last_kernel(p.op()), "gemm_simt");
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native::testing
