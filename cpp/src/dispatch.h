@@ -52,18 +52,29 @@ template <class Args>
 }
 
 /// The first kernel that runs on the device, is right for `args` and is the measured choice for
-/// them; or the forced one. Throws Unsupported, naming every kernel and why it declined.
+/// them; or the forced one. Null when there is none. That a dense library would be faster does not
+/// matter: who calls may have none.
+template <class Args>
+const KernelEntry<Args>* find_kernel(KernelTable<Args> table, const Args& args, Device device,
+                                     const char* forced) {
+  std::string why_not;
+  for (const KernelEntry<Args>& entry : table) {
+    if (is_left_out(entry.name, forced)) continue;
+    if (accepts(entry, args, device, forced, &why_not)) return &entry;
+  }
+  return nullptr;
+}
+
+/// The same from the backend's table. Throws Unsupported, naming every kernel and why it declined.
 template <class Args>
 const KernelEntry<Args>& select_kernel(const Args& args) {
   using Traits = OpTraits<Args>;
   const Device device = Traits::device(args);
   const char* const forced = forced_kernel_name(Traits::kOp, device.type);
-  std::string why_not;
-  for (const KernelEntry<Args>& entry : backend_for(device.type).*Traits::kTable) {
-    if (is_left_out(entry.name, forced)) continue;
-    if (accepts(entry, args, device, forced, &why_not)) return entry;
-  }
-  throw_no_kernel(args, device, forced);
+  const KernelTable<Args> table = backend_for(device.type).*Traits::kTable;
+  const KernelEntry<Args>* const entry = find_kernel(table, args, device, forced);
+  if (entry == nullptr) throw_no_kernel(args, device, forced);
+  return *entry;
 }
 
 template <class Args>
@@ -74,14 +85,18 @@ int64_t kernel_workspace_bytes(const Args& args) {
 
 /// Whether the kernel of a product loses against a dense one, unless forced, and its workspace.
 template <class Args>
-MatmulPlan kernel_plan(const Args& args) {
-  using Traits = OpTraits<Args>;
-  const KernelEntry<Args>& entry = select_kernel(args);
-  const bool is_forced = forced_kernel_name(Traits::kOp, Traits::device(args).type) != nullptr;
+MatmulPlan plan_with(const KernelEntry<Args>& entry, const Args& args, bool is_forced) {
   const bool dense_is_faster =
       entry.dense_is_faster || (entry.dense_is_faster_for && entry.dense_is_faster_for(args));
   return {.prefers_dense = dense_is_faster && !is_forced,
           .workspace_bytes = entry.workspace_bytes ? entry.workspace_bytes(args) : 0};
+}
+
+template <class Args>
+MatmulPlan kernel_plan(const Args& args) {
+  using Traits = OpTraits<Args>;
+  const bool is_forced = forced_kernel_name(Traits::kOp, Traits::device(args).type) != nullptr;
+  return plan_with(select_kernel(args), args, is_forced);
 }
 
 template <class Args>

@@ -215,7 +215,7 @@ bool supports(const MatrixView& activations, const QuantizedView& weight,
 }
 
 bool dense_is_faster(const MatrixView& activations, const QuantizedView& weight) {
-  return !gemm_sm80_is_preferred(activations.rows, compute_capability(weight.device));
+  return !gemm_sm80_beats_dense(activations.rows, compute_capability(weight.device));
 }
 
 }  // namespace

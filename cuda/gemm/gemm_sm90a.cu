@@ -29,7 +29,6 @@
 
 #include "device/grid_dependency.cuh"
 #include "device/warpgroup.cuh"
-#include "gemm/heuristics.h"
 #include "gemm/sm90a/forward/copies.cuh"
 #include "gemm/sm90a/forward/fixed_point.cuh"
 #include "gemm/sm90a/forward/layout.cuh"
@@ -155,13 +154,10 @@ bool supports_gemm_sm90a(const MatmulArgs& args, std::string* why_not) {
          sm90a::fits(args.x, args.y.cols, why_not);
 }
 
-bool prefers_gemm_sm90a(const MatmulArgs& args) {
-  // Fewer rows are for kernels with less to do before the first product.
-  return args.x.rows > kGemmMmaTokens;
-}
+bool prefers_gemm_sm90a(const MatmulArgs& args) { return gemm_forward_is_preferred(args.x.rows); }
 
 bool dense_beats_gemm_sm90a(const MatmulArgs& args) {
-  return !gemm_forward_is_preferred(args.x.rows);
+  return !gemm_forward_beats_dense(args.x.rows);
 }
 
 int64_t gemm_sm90a_workspace_bytes(const MatmulArgs& args) {

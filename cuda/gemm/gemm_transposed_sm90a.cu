@@ -114,7 +114,7 @@ bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::strin
 }
 
 bool dense_beats_gemm_transposed_sm90a(const MatmulTransposedArgs& args) {
-  return !gemm_transposed_is_preferred(args.dy.rows, args.weight.rows * args.weight.cols);
+  return !gemm_transposed_beats_dense(args.dy.rows, args.weight.rows * args.weight.cols);
 }
 
 void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace, Stream stream) {

@@ -104,12 +104,12 @@ TEST(GemmSm80Plan, EveryTileFitsWhereItIsTaken) {
   EXPECT_LE(GemmSm80WideTile::kSharedBytes, kMostOfA100);
 }
 
-TEST(GemmSm80Plan, IsPreferredOnAmpereAndAdaWhereDecodingOnceDoesNotPay) {
-  EXPECT_TRUE(gemm_sm80_is_preferred(512, 80));
-  EXPECT_FALSE(gemm_sm80_is_preferred(513, 80));
-  EXPECT_TRUE(gemm_sm80_is_preferred(1024, 86));
-  EXPECT_FALSE(gemm_sm80_is_preferred(1025, 89));
-  EXPECT_FALSE(gemm_sm80_is_preferred(64, 90));
+TEST(GemmSm80Plan, BeatsDenseOnAmpereAndAdaWhereDecodingOnceDoesNotPay) {
+  EXPECT_TRUE(gemm_sm80_beats_dense(512, 80));
+  EXPECT_FALSE(gemm_sm80_beats_dense(513, 80));
+  EXPECT_TRUE(gemm_sm80_beats_dense(1024, 86));
+  EXPECT_FALSE(gemm_sm80_beats_dense(1025, 89));
+  EXPECT_FALSE(gemm_sm80_beats_dense(64, 90));
 }
 
 }  // namespace

@@ -252,9 +252,14 @@ TEST(GemmForwardPlan, KeepsFlagsAndSumsOfEveryThreadBlock) {
   EXPECT_EQ(gemm_forward_workspace_bytes(plan) - gemm_forward_flag_bytes(plan), 132 * 64 * 128 * 4);
 }
 
-TEST(GemmForwardPlan, IsPreferredWhereDecodingOnceDoesNotPay) {
-  EXPECT_TRUE(gemm_forward_is_preferred(1024));
-  EXPECT_FALSE(gemm_forward_is_preferred(1025));
+TEST(GemmForwardPlan, BeatsDenseWhereDecodingOnceDoesNotPay) {
+  EXPECT_TRUE(gemm_forward_beats_dense(1024));
+  EXPECT_FALSE(gemm_forward_beats_dense(1025));
+}
+
+TEST(GemmForwardPlan, IsPreferredWhereADenseProductWouldBeFasterStill) {
+  EXPECT_FALSE(gemm_forward_is_preferred(8));
+  for (const int64_t rows : {9, 1024, 1025, 1 << 20}) EXPECT_TRUE(gemm_forward_is_preferred(rows));
 }
 
 TEST(GemmTransposedPlan, CoversEveryTileAndAllOfTheDepth) {
@@ -299,12 +304,12 @@ TEST(GemmTransposedPlan, SplitsTheDepthAsFarAsClustersRunAtATime) {
   EXPECT_EQ(cluster(16, 14336), 0);
 }
 
-TEST(GemmTransposedPlan, IsPreferredWhereDecodingOnceDoesNotPay) {
-  EXPECT_TRUE(gemm_transposed_is_preferred(9, int64_t{4096} * 4096));
-  EXPECT_TRUE(gemm_transposed_is_preferred(128, int64_t{4096} * 4096));
-  EXPECT_FALSE(gemm_transposed_is_preferred(129, int64_t{4096} * 4096));
-  EXPECT_TRUE(gemm_transposed_is_preferred(512, int64_t{14336} * 4096));
-  EXPECT_FALSE(gemm_transposed_is_preferred(513, int64_t{14336} * 4096));
+TEST(GemmTransposedPlan, BeatsDenseWhereDecodingOnceDoesNotPay) {
+  EXPECT_TRUE(gemm_transposed_beats_dense(9, int64_t{4096} * 4096));
+  EXPECT_TRUE(gemm_transposed_beats_dense(128, int64_t{4096} * 4096));
+  EXPECT_FALSE(gemm_transposed_beats_dense(129, int64_t{4096} * 4096));
+  EXPECT_TRUE(gemm_transposed_beats_dense(512, int64_t{14336} * 4096));
+  EXPECT_FALSE(gemm_transposed_beats_dense(513, int64_t{14336} * 4096));
 }
 
 /// What a table in `dtype` loses of the codebook's values, relative, root of the mean square.

@@ -79,9 +79,14 @@ TEST(LargeMatmul, IsAccurateInEveryTileOfEveryKernel) {
 TEST(LargeMatmul, RunsOnTensorCoresWhereADenseLibraryWouldBeFasterStill) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";
   for (const bool transposed : {false, true}) {
-    const Product p{{256, 128, 64, kNF4, true}, 2000, DType::kBFloat16, transposed};
-    run_product(Device::cuda(0), p, make_product_inputs(p, 90));
-    EXPECT_NE(last_kernel(p.op()), "gemm_simt");
+    for (const Codebook& book : {kNF4, uneven_codebook()}) {
+      for (const int64_t m : {9, 200, 2000}) {
+        const Product p{{256, 128, 64, book, true}, m, DType::kBFloat16, transposed};
+        SCOPED_TRACE(::testing::Message() << p.weight << ", M " << m << ", dX " << transposed);
+        run_product(Device::cuda(0), p, make_product_inputs(p, 90));
+        EXPECT_NE(last_kernel(p.op()), "gemm_simt");
+      }
+    }
   }
 }
 

@@ -70,7 +70,7 @@ GemmSm80Plan plan_gemm_sm80(const GemmSm80Problem& problem) {
   return plan_with<GemmSm80Tile128>(problem, GemmSm80Tile::k128);
 }
 
-bool gemm_sm80_is_preferred(int64_t rows, int compute_capability) {
+bool gemm_sm80_beats_dense(int64_t rows, int compute_capability) {
   // Beside their tensor cores memory is faster on sm_80 than on the others: decoding once costs less there.
   if (compute_capability == 80) return rows <= 512;
   return compute_capability / 10 == 8 && rows <= 1024;

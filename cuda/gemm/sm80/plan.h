@@ -71,6 +71,6 @@ GemmSm80Plan plan_gemm_sm80(const GemmSm80Problem& problem);
 
 /// Whether it should beat decoding the weight and a dense product on a device of this compute capability (80 for 8.0).
 /// Predicted, not measured (bench/NOTES.md).
-bool gemm_sm80_is_preferred(int64_t rows, int compute_capability);
+bool gemm_sm80_beats_dense(int64_t rows, int compute_capability);
 
 }  // namespace qlora_native::cuda

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "gemm/heuristics.h"
+
 namespace qlora_native::cuda {
 namespace {
 
@@ -10,7 +12,7 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
 }
 
 constexpr int64_t kRowGroup = 8;
-constexpr int64_t kMaxPreferredRows = 1024;
+constexpr int64_t kMaxRowsBeforeDense = 1024;
 constexpr int64_t kFlagBytes = 8;
 constexpr int64_t kSumBytes = 4;
 
@@ -50,6 +52,8 @@ int64_t gemm_forward_workspace_bytes(const GemmForwardPlan& plan) {
          int64_t{plan.grid} * plan.tile_rows * kGemmForwardTileCols * kSumBytes;
 }
 
-bool gemm_forward_is_preferred(int64_t rows) { return rows <= kMaxPreferredRows; }
+bool gemm_forward_is_preferred(int64_t rows) { return rows > kGemmMmaTokens; }
+
+bool gemm_forward_beats_dense(int64_t rows) { return rows <= kMaxRowsBeforeDense; }
 
 }  // namespace qlora_native::cuda

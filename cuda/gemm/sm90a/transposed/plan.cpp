@@ -43,7 +43,7 @@ GemmTransposedPlan plan_gemm_transposed(const GemmTransposedProblem& problem) {
   return plan;
 }
 
-bool gemm_transposed_is_preferred(int64_t rows, int64_t weight_elems) {
+bool gemm_transposed_beats_dense(int64_t rows, int64_t weight_elems) {
   constexpr int64_t kLargeWeight = int64_t{1} << 25;
   return rows <= (weight_elems >= kLargeWeight ? 512 : 128);
 }

@@ -36,6 +36,6 @@ inline constexpr int kGemmTransposedStep = 64;
 GemmTransposedPlan plan_gemm_transposed(const GemmTransposedProblem& problem);
 
 /// Whether it beats decoding the weight and a dense product (bench/NOTES.md). `weight_elems` is cols * depth.
-bool gemm_transposed_is_preferred(int64_t rows, int64_t weight_elems);
+bool gemm_transposed_beats_dense(int64_t rows, int64_t weight_elems);
 
 }  // namespace qlora_native::cuda
