@@ -59,9 +59,10 @@ bool has_gpu() {
 TEST(LargeMatmul, IsAccurateInEveryTileOfEveryKernel) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";
   // How gemm_sm80 cuts them for 132 processors: wide tiles, whole; a few more of them than processors, cut; narrow
-  // ones, cut; tiles of 64 rows, cut; tiles of 32, whole.
-  const int64_t shapes[][3] = {
-      {520, 4120, 192}, {300, 11300, 1408}, {650, 320, 2112}, {61, 4104, 3136}, {29, 9024, 2112}};
+  // ones, cut; tiles of 64 rows, cut; tiles of 32, whole. The last one has more tiles above each other than gemm_sm90a
+  // works on in turn.
+  const int64_t shapes[][3] = {{520, 4120, 192}, {300, 11300, 1408}, {650, 320, 2112},
+                               {61, 4104, 3136}, {29, 9024, 2112},   {2309, 136, 192}};
   uint32_t seed = 40;
   for (const auto& [m, cols, depth] : shapes) {
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
