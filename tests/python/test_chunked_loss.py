@@ -201,6 +201,19 @@ def test_a_copy_runs_itself():
     assert twin(**batch()).loss.item() == pytest.approx(math.log(64))
 
 
+def test_a_pickled_model_has_its_plain_loss(tmp_path):
+    model = adapted(MODELS["llama"])
+    use_chunked_loss(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert not uses_chunked_loss(loaded)
+    assert loaded(**batch()).logits is not None
+    use_chunked_loss(loaded)
+    assert uses_chunked_loss(loaded) and loaded(**batch()).logits is None
+    restore_plain_loss(loaded)
+    assert loaded(**batch()).logits is not None
+
+
 class ScaledForCausalLM(transformers.LlamaForCausalLM):
     """Its logits are not those of its head."""
 

@@ -94,8 +94,17 @@ def use_chunked_loss(
 
 
 def uses_chunked_loss(model: nn.Module) -> bool:
-    """Whether `use_chunked_loss` was applied to a model, or to one under it."""
-    return any(_SETTINGS in vars(module) for module in model.modules())
+    """Whether `use_chunked_loss` was applied to a model, or to one under it.
+
+    A model that was pickled computes its plain loss, until it is applied again.
+    """
+    return any(_SETTINGS in vars(module) and _has_own_forward(module) for module in model.modules())
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    # Not that it is ours: Trainer wraps it. A method of a pickled model is its class's.
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def learned_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
