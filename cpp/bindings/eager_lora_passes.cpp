@@ -104,6 +104,9 @@ nb::object EagerLoraPasses::gradient(const EagerMatrix& s, const EagerMatrix& v,
   if (plan.prefers_dense) {
     const nb::object left = torch_.transposed((transposed ? v : s).tensor);
     const nb::object& right = (transposed ? s : v).tensor;
+    if (dtype == qn::DType::kFloat32 && like.dtype != dtype && !like.device.is_cpu()) {
+      return torch_.mm_to_float32(left, right, scaling);
+    }
     nb::object grad;
     if (torch_.is_autocast_enabled() || (scaling != 1.0f && looks.is_none())) {
       grad = new_matrix(rows, cols, like).tensor;

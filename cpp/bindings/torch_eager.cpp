@@ -86,8 +86,10 @@ TorchFunctions torch_functions(nb::handle lent) {
       .matmul = lent.attr("matmul"),
       .linear_of_rows = lent.attr("linear_of_rows"),
       .mm = lent.attr("mm"),
+      .mm_to_float32 = lent.attr("mm_to_float32"),
       .addmm = lent.attr("addmm"),
       .add = lent.attr("add"),
+      .mul = lent.attr("mul"),
       .cat = lent.attr("cat"),
       .sum = lent.attr("sum"),
       .narrow = lent.attr("narrow"),
@@ -230,6 +232,12 @@ nb::object Torch::linear_of_rows(nb::handle x, nb::handle weight) const {
 }
 
 nb::object Torch::mm(nb::handle a, nb::handle b) const { return call(functions_.mm, {a, b}); }
+
+nb::object Torch::mm_to_float32(nb::handle a, nb::handle b, float scaling) const {
+  nb::object product = call(functions_.mm_to_float32, {a, b});
+  if (scaling != 1.0f) call(functions_.mul, {product, nb::float_(scaling)});
+  return product;
+}
 
 nb::object Torch::addmm(nb::handle input, nb::handle a, nb::handle b, float alpha, bool adds,
                         nb::handle out) const {

@@ -51,8 +51,10 @@ struct TorchFunctions {
   nanobind::object matmul;          ///< (a, b)
   nanobind::object linear_of_rows;  ///< (x, weight)
   nanobind::object mm;              ///< (a, b)
+  nanobind::object mm_to_float32;   ///< (a, b)
   nanobind::object addmm;           ///< (input, a, b, beta=, alpha=, out=)
   nanobind::object add;             ///< of a tensor, in place
+  nanobind::object mul;             ///< of a tensor, in place
   nanobind::object cat;             ///< (tensors)
   nanobind::object sum;             ///< (tensor, dimension)
   nanobind::object narrow;          ///< of a tensor: (dimension, start, length)
@@ -109,6 +111,8 @@ class Torch {
   /// x W^T, and a b; matrices.
   nanobind::object linear_of_rows(nanobind::handle x, nanobind::handle weight) const;
   nanobind::object mm(nanobind::handle a, nanobind::handle b) const;
+  /// scaling a b of 16 bits in fp32, on CUDA devices; not one of what autocast casts.
+  nanobind::object mm_to_float32(nanobind::handle a, nanobind::handle b, float scaling) const;
   /// alpha * a b, plus `input` if it `adds`; to `out`, which may be `input`, or None. Matrices.
   /// Without `out` it is one of what autocast casts, as the above are; with it, it is not.
   nanobind::object addmm(nanobind::handle input, nanobind::handle a, nanobind::handle b,

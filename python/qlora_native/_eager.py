@@ -10,6 +10,7 @@ goes the long way, which words the errors.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,8 +80,10 @@ def make(exchange_api: object) -> _C.EagerOps:
         matmul=_matmul,
         linear_of_rows=torch._C._nn.linear,
         mm=torch.mm,
+        mm_to_float32=functools.partial(torch.mm, out_dtype=torch.float32),
         addmm=torch.addmm,
         add=torch.Tensor.add_,
+        mul=torch.Tensor.mul_,
         cat=torch.cat,
         sum=torch.sum,
         narrow=torch.Tensor.narrow,

@@ -165,6 +165,9 @@ def _gradient(
     shape = (v.shape[1], s.shape[1]) if transposed else (s.shape[1], v.shape[1])
     if _is_torchs("lora_gradient", v, dropout):
         left, right = (v.t(), s) if transposed else (s.t(), v)
+        if v.is_cuda and v.dtype != like.dtype == torch.float32:
+            grad = torch.mm(left, right, out_dtype=torch.float32)
+            return grad if scaling == 1.0 else grad.mul_(scaling)
         out = v.new_empty(shape)
         return torch.addmm(out, left, right, beta=0, alpha=scaling, out=out).to(like.dtype)
     grad = like.new_empty(shape)

@@ -1,7 +1,8 @@
-"""Counts the operations that go around torch's dispatcher."""
+"""Counts the operations that go around torch's dispatcher, and makes them go through it."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_native as qn
 from qlora_native import _eager
@@ -9,6 +10,18 @@ from qlora_native import _eager
 needs_table = pytest.mark.skipif(
     not _eager.OPS.has_exchange_api, reason="this torch has no table of DLPack functions"
 )
+
+
+class Everything(TorchDispatchMode):
+    """Wants to see every operator of both passes, and changes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 def calls_of(function):

@@ -1,12 +1,15 @@
 """Layers with adapters in CUDA graphs, and against the CPU."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
 import qlora_native as qn
+from _eager_calls import Everything
 from _graphs import captured
-from _lora_case import Case
+from _lora_case import Case, assert_step
 from qlora_native.nn import Linear4bit, LoraLinear, LoraSettings
 
 pytestmark = pytest.mark.gpu
@@ -22,6 +25,20 @@ def test_the_dropout_is_the_cpus():
         leaves[0], case.q.to("cuda"), *leaves[1:3], case.scaling, bias=leaves[3], dropout_p=0.5
     )
     torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.75])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_float32_factors_are_not_rounded_to_16_bits(dtype, scaling):
+    case = Case("cuda", dtype, lead=(70,))
+    case.scaling = scaling
+    assert_step(case, case.run())
+    for mode in (contextlib.nullcontext(), Everything()):  # in one call, and by the operators
+        with mode:
+            gradients = torch.autograd.grad(case.run().float().sum(), (case.a, case.b))
+        for gradient in gradients:
+            assert gradient.dtype == torch.float32
+            assert not torch.equal(gradient, gradient.to(dtype).float())
 
 
 def test_a_step_without_dropout_is_captured():

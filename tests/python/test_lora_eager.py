@@ -6,12 +6,11 @@ import copy
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_native as qn
-from _eager_calls import calls_of, needs_table
+from _eager_calls import Everything, calls_of, needs_table
 from _lora_case import DTYPES, assert_step
 from _lora_case import Case as LoraCase
 from qlora_native.nn import Linear4bit, LoraLinear, LoraSettings
@@ -24,18 +23,6 @@ SETTINGS = [
     {"quant_type": "fp4", "block_size": 32},
     {"quant_type": "custom", "codebook": tuple(i / 8 - 1 for i in range(16))},
 ]
-
-
-class Everything(TorchDispatchMode):
-    """Wants to see every operator of both passes, and changes none."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
 
 
 class Functions(TorchFunctionMode):
