@@ -91,6 +91,9 @@ CONTESTANTS = {
 }
 REFERENCE = "ours"
 
+_PASSED_ON = ("device", "shape", "steps", "lora_r", "adapter_dtype", "loss", "compile_scope")
+"""Options that a contestant's process gets, besides its case."""
+
 
 class LossMismatchError(RuntimeError):
     """A contestant does not compute what the reference does."""
@@ -130,7 +133,8 @@ def make_model(options: argparse.Namespace, case: Case, contestant: str) -> nn.M
     if case.checkpointing:
         # Nothing is random in a step, and a graph cannot hold the state of a generator.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    has_liger_loss = mode == "liger" and (weights != "ours" or options.loss == "liger")
+    asked = ("liger",) if weights == "ours" else ("liger", "chunked")
+    has_liger_loss = mode == "liger" and options.loss in asked
     if mode == "liger":
         from qlora_native.hf.liger import use_liger_kernels
 
@@ -245,7 +249,7 @@ def measure(options: argparse.Namespace, case: Case, contestant: str) -> dict[st
 def run_child(options: argparse.Namespace, case: str, contestant: str) -> dict[str, Any]:
     """Measure in a fresh process; what failed there is in "error"."""
     command = [sys.executable, __file__, "--child", case, contestant]
-    for name in ("device", "shape", "steps", "lora_r", "adapter_dtype", "loss", "compile_scope"):
+    for name in _PASSED_ON:
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += ["--share-inputs"] * options.share_inputs
     command += ["--expected", json.dumps(options.expected)]
@@ -318,8 +322,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if unknown := set(asked) - known.keys():
             parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if unrunnable := set(options.contestants) - set(_runnable(options.device)):
-        needed = "--device cuda, or liger-kernel to be installed"
-        parser.error(f"{', '.join(sorted(unrunnable))}: needs {needed}")
+        needed = "graphed and liger need --device cuda, and liger liger-kernel"
+        parser.error(f"{', '.join(sorted(unrunnable))} cannot run: {needed}")
     return options
 
 
@@ -338,7 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case, contestant = options.child
         print(json.dumps(measure(options, CASES[case], contestant)))
         return 0
-    head = report.machine(torch.device(options.device), {})
+    of_steps = {name: getattr(options, name) for name in (*_PASSED_ON, "share_inputs")}
+    head = {**report.machine(torch.device(options.device), {}), "options": of_steps}
     records: list[dict[str, Any]] = []
     for case in options.cases:
         options.expected = None

@@ -34,7 +34,7 @@ nb::object EagerLora::forward(nb::handle x, const qn::Dropout& dropout, nb::hand
   if (!torch_.has_exchange_api() || torch_.is_observed() || !read_layers(objects, &layers) ||
       !read_activation(torch_, x, layers[0].weight, layers[0].weight.view.cols, &described,
                        &rows.view) ||
-      !read_factors(rows.view.dtype, &layers)) {
+      !read_factors(rows.view.dtype, &layers) || !plan_outputs(rows.view, &layers)) {
     return nb::none();
   }
   rows.tensor =
@@ -52,20 +52,45 @@ nb::object EagerLora::forward(nb::handle x, const qn::Dropout& dropout, nb::hand
   return tuple_of(results);
 }
 
-/// y of a layer, of the shape of x but for the last dimension. None when there is no memory, or for
-/// arguments that are not of the ordinary kind.
+/// Whose product every y is. False if one cannot be computed here, before anything has been.
+bool EagerLora::plan_outputs(const qn::MatrixView& x, std::vector<Layer>* layers) const {
+  products_.share_threads(x.device);
+  Matrix y{{}, x};
+  y.view.data = eager_nowhere();
+  for (Layer& layer : *layers) {
+    y.view.cols = y.view.row_stride = layer.weight.view.rows;
+    qn::MatmulArgs question{x, layer.weight.view, {}, y.writable()};
+    if (!read_bias(torch_, layer.bias, layer.weight, x.dtype, &question.bias)) return false;
+    layer.is_dense = qn::matmul_4bit_plan(question).prefers_dense;
+    if (layer.is_dense && !products_.can_decode(layer.weight, x.dtype)) return false;
+  }
+  return true;
+}
+
+/// The same of the products that dx is the sum of.
+bool EagerLora::plan_input_gradient(const std::vector<Matrix>& dy,
+                                    std::vector<Layer>* layers) const {
+  products_.share_threads(dy[0].view.device);
+  for (size_t i = 0; i < layers->size(); ++i) {
+    Layer& layer = (*layers)[i];
+    Matrix dx{{}, dy[i].view};
+    dx.view.data = eager_nowhere();
+    dx.view.cols = dx.view.row_stride = layer.weight.view.cols;
+    layer.is_dense = qn::matmul_4bit_transposed_plan({dy[i].view, layer.weight.view, dx.writable()})
+                         .prefers_dense;
+    if (layer.is_dense && !products_.can_decode(layer.weight, dx.view.dtype)) return false;
+  }
+  return true;
+}
+
+/// y of a layer, of the shape of x but for the last dimension. None when there is no memory.
 nb::object EagerLora::output(nb::handle x, const dlpack::Tensor& described, const Matrix& rows,
                              const Matrix& t, const Layer& layer) {
   Matrix out{{}, rows.view};
   out.view.cols = out.view.row_stride = layer.weight.view.rows;
   out.view.data = eager_nowhere();
-  qn::MatmulArgs question{rows.view, layer.weight.view, {}, out.writable()};
-  if (!read_bias(torch_, layer.bias, layer.weight, out.view.dtype, &question.bias)) {
-    return nb::none();
-  }
-  products_.share_threads(out.view.device);
-  const bool begins = qn::matmul_4bit_plan(question).prefers_dense &&
-                      passes_.update_is_dense(t, layer.b, false, layer.scaling, kNoDropout, out);
+  const bool begins =
+      layer.is_dense && passes_.update_is_dense(t, layer.b, false, layer.scaling, kNoDropout, out);
   nb::object y;
   if (begins) {
     Shape shape;
@@ -82,7 +107,6 @@ nb::object EagerLora::output(nb::handle x, const dlpack::Tensor& described, cons
   }
   // A dense product adds on its way out, and saves the low-rank one a pass over y.
   const nb::object dense = products_.decode(layer.weight, out.view.dtype);
-  if (dense.is_none()) return dense;
   passes_.add_low_rank(layer.bias, t, layer.b, false, layer.scaling, out);
   torch_.addmm(out.tensor, rows.tensor, torch_.transposed(dense), 1.0f, true, out.tensor);
   return y;
@@ -112,7 +136,10 @@ nb::object EagerLora::backward(nb::handle dy, nb::handle x, nb::handle t,
   const bool wants_dx = is_true(wanted, 0);
   const bool wants_da = is_any_true(wanted, layers.size(), 1);
   const bool wants_db = is_any_true(wanted, layers.size(), 2);
-  if (!read_factors(like.dtype, &layers)) return nb::none();
+  if (!read_factors(like.dtype, &layers) ||
+      (wants_dx && !plan_input_gradient(gradients, &layers))) {
+    return nb::none();
+  }
   cast_b(like.dtype, &layers);
   const int64_t ranks = layers.back().first_rank + layers.back().a.view.rows;
   const int64_t in_features = layers[0].weight.view.cols;
@@ -164,11 +191,7 @@ nb::object EagerLora::input_gradient(nb::handle first_dy, const std::vector<Matr
   dx.view.cols = dx.view.row_stride = layers[0].weight.view.cols;
   dx.view.data = eager_nowhere();
   const Matrix a = all_a(layers, dx.view.dtype);
-  products_.share_threads(dx.view.device);
-  const bool begins =
-      qn::matmul_4bit_transposed_plan({dy[0].view, layers[0].weight.view, dx.writable()})
-          .prefers_dense &&
-      passes_.update_is_dense(u, a, true, 1.0f, dropout, dx);
+  const bool begins = layers[0].is_dense && passes_.update_is_dense(u, a, true, 1.0f, dropout, dx);
   nb::object result;
   if (begins) {
     dlpack::Tensor described;

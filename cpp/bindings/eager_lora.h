@@ -42,6 +42,7 @@ class EagerLora {
     EagerWeight weight;
     int64_t first_rank;  ///< its first column of t
     qlora_native::DType dtype_of_b;
+    bool is_dense = false;  ///< the pass's big product is torch's, over the decoded weight
   };
 
   bool read_layers(nanobind::handle objects, std::vector<Layer>* out) const;
@@ -51,6 +52,8 @@ class EagerLora {
 
   Matrix columns(const Matrix& t, const Layer& layer) const;
 
+  bool plan_outputs(const qlora_native::MatrixView& x, std::vector<Layer>* layers) const;
+  bool plan_input_gradient(const std::vector<Matrix>& dy, std::vector<Layer>* layers) const;
   nanobind::object output(nanobind::handle x, const dlpack::Tensor& described, const Matrix& rows,
                           const Matrix& t, const Layer& layer);
   nanobind::object input_gradient(nanobind::handle first_dy, const std::vector<Matrix>& dy,

@@ -150,11 +150,14 @@ nb::object EagerProducts::lora(nb::handle x, nb::handle bias, const AdapterObjec
   });
 }
 
-nb::object EagerProducts::decode(const EagerWeight& weight, qn::DType dtype) {
+bool EagerProducts::can_decode(const EagerWeight& weight, qn::DType dtype) {
   constexpr int64_t kCpuBytes = 64 << 10;
-  const int64_t size_bytes = weight.view.numel() * qn::size_bytes(dtype);
-  if (weight.view.device.is_cpu() && size_bytes > kCpuBytes) return nb::none();
-  return dequantize(weight, dtype);
+  const qn::QuantizedView& view = weight.view;
+  return !view.device.is_cpu() || view.numel() * qn::size_bytes(dtype) <= kCpuBytes;
+}
+
+nb::object EagerProducts::decode(const EagerWeight& weight, qn::DType dtype) {
+  return can_decode(weight, dtype) ? dequantize(weight, dtype) : nb::none();
 }
 
 bool EagerProducts::allocate(qn::Device device, qn::Workspace* workspace, nb::object* owner) {

@@ -35,8 +35,10 @@ class EagerProducts {
   /// dx += dy W, of matrices. False where `linear_dx` would be None.
   bool add_linear_dx(nanobind::handle dy, const EagerWeight& weight, nanobind::handle dx);
   nanobind::object dequantize(const EagerWeight& weight, qlora_native::DType dtype);
-  /// The matrix for a dense product by torch. None on a CPU unless it is small: fresh memory costs
-  /// more in page faults than the decoding, and the operator has scratch memory and panels.
+  /// Whether `decode` gives a matrix. On a CPU only a small one: fresh memory costs more in page
+  /// faults than the decoding, and the operator has scratch memory and panels.
+  static bool can_decode(const EagerWeight& weight, qlora_native::DType dtype);
+  /// The matrix for a dense product by torch, or None.
   nanobind::object decode(const EagerWeight& weight, qlora_native::DType dtype);
   /// `linear` with the adapter's product, without dropout. None where a dense product is faster:
   /// there are many rows then.

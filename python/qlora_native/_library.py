@@ -224,7 +224,7 @@ def dense_product(
         if start is None:
             torch.mm(x, dense.t(), out=out)
         else:
-            torch.addmm(start[..., columns], x, dense.t(), out=out)
+            torch.addmm(start if out is y else start[..., columns], x, dense.t(), out=out)
         if out is not y:
             y[:, columns] = out
 

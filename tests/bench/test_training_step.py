@@ -36,6 +36,15 @@ def test_contestants_have_the_same_weights_and_adapters():
         torch.testing.assert_close(parameter, theirs[name], rtol=0, atol=0)
 
 
+def test_layers_of_one_input_are_grouped_when_asked():
+    case = training_step.CASES["tiny"]
+    for arguments, groups in ((TINY, 0), ([*TINY, "--share-inputs"], 2 * case.layers)):
+        options = training_step.parse_options(arguments)
+        model = training_step.make_model(options, case, "ours")
+        grouped = [m for m in model.modules() if "_groups_together" in vars(m)]
+        assert len(grouped) == groups
+
+
 @pytest.mark.parametrize("case", ["tiny", "tiny-ckpt"])
 def test_a_rival_is_checked_against_our_losses(case):
     options = training_step.parse_options(TINY)
@@ -74,7 +83,9 @@ def test_the_table_names_what_failed(monkeypatch, capsys, tmp_path):
     assert "| tiny | ours | 12.5 | 8,000 | 1.2 |" in printed
     assert "| 7 | - | 3.21 |" in printed
     assert "failed: no memory" in printed
-    assert len(json.loads(file.read_text())["records"]) == 2
+    saved = json.loads(file.read_text())
+    assert len(saved["records"]) == 2
+    assert saved["options"]["loss"] == "chunked" and saved["options"]["share_inputs"] is False
 
 
 def test_a_child_that_fails_says_its_last_line(monkeypatch, tmp_path):
