@@ -88,29 +88,86 @@ def build(config: Any, make_linear: MakeLinear, device: torch.device) -> nn.Modu
 
     Embeddings, norms and the head are dense bf16.
     """
-    from transformers import LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            weight = drawn(name, module.weight.shape, _WEIGHT_STD, device, torch.bfloat16)
-            model.set_submodule(name, make_linear(weight))
+    model = _without_weights(config)
+    model.model.rotary_emb = _rotary_embedding(config, device)
+    for name, module in _packed_linears(model):
+        weight = drawn(name, module.weight.shape, _WEIGHT_STD, device, torch.bfloat16)
+        model.set_submodule(name, make_linear(weight))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
-            is_norm = parameter.dim() == 1
-            value = (
-                torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
-                if is_norm
-                else drawn(name, parameter.shape, _WEIGHT_STD, device, parameter.dtype)
-            )
+            value = _dense_value(name, parameter, device)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
+
+
+def build_sharded(config: Any, r: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return what `build` makes of `ours`, with native adapters, split over all ranks by FSDP2.
+
+    Every rank calls it. Each draws all numbers and keeps its part: nothing is sent, and none ever
+    holds more than its parts and one matrix.
+    """
+    import torch.distributed as dist
+
+    import qlora_native as qn
+    from qlora_native.nn import Linear4bit
+    from qlora_native.nn.sharding import copy_whole_, shard_model
+
+    model = _without_weights(config)
+    for name, module in _packed_linears(model):
+        size = module.in_features, module.out_features
+        packed = Linear4bit(*size, bias=False, device="meta", dtype=torch.bfloat16)
+        model.set_submodule(name, packed)
+    model.requires_grad_(False)
+    qn.add_lora(model, r=r, alpha=2 * r, adapter_dtype=dtype)
+    shard_model(model, dist.init_device_mesh(device.type, (dist.get_world_size(),)))
+    model.to_empty(device=device)
+    model.model.rotary_emb = _rotary_embedding(config, device)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            name = name.removesuffix(".base_layer")
+            shape = module.out_features, module.in_features
+            whole = ours(drawn(name, shape, _WEIGHT_STD, device, torch.bfloat16))
+            for leaf, value in whole.named_parameters():
+                copy_whole_(module.get_parameter(leaf), value)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            copy_whole_(parameter, _adapter_value(name, parameter, device))
+        elif parameter.dtype != torch.uint8:
+            copy_whole_(parameter, _dense_value(name, parameter, device))
+    return model
+
+
+def _without_weights(config: Any) -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def _rotary_embedding(config: Any, device: torch.device) -> nn.Module:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(config).to(device)
+
+
+def _packed_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The layers whose weights get another format."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [(name, module) for name, module in found if name != "lm_head"]
+
+
+def _dense_value(name: str, parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if parameter.dim() == 1:  # of a norm
+        return torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+    return drawn(name, parameter.shape, _WEIGHT_STD, device, parameter.dtype)
+
+
+def _adapter_value(name: str, parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # Not the usual zeros: a B of zero would hide A, and most of what can be wrong, from the loss.
+    return drawn(name, parameter.shape, _ADAPTER_STD, device, torch.float32)
 
 
 def ours(weight: torch.Tensor) -> nn.Module:
@@ -169,11 +226,9 @@ def add_peft_adapters(model: nn.Module, r: int, dtype: torch.dtype) -> None:
 
 
 def _draw_adapters(model: nn.Module) -> None:
-    # Not the usual zeros: a B of zero would hide A, and most of what can be wrong, from the loss.
     found = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, parameter in found:
-        value = drawn(name, parameter.shape, _ADAPTER_STD, parameter.device, torch.float32)
-        parameter.data.copy_(value)
+        parameter.data.copy_(_adapter_value(name, parameter, parameter.device))
     if not found:
         raise RuntimeError("no adapter was added")
 

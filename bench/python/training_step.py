@@ -99,14 +99,16 @@ class LossMismatchError(RuntimeError):
     """A contestant does not compute what the reference does."""
 
 
-def check_losses(found: Sequence[float], expected: Sequence[float]) -> None:
+def check_losses(
+    found: Sequence[float], expected: Sequence[float], reference: str = REFERENCE
+) -> None:
     """Raise LossMismatchError unless losses agree but for the noise of bf16."""
     for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         allowed = (_TOLERANCE_AFTER_STEPS if step else _RELATIVE_TOLERANCE) * abs(theirs)
         allowed = max(allowed, _NOISE * abs(expected[0]))
         if not abs(mine - theirs) <= allowed:
             raise LossMismatchError(
-                f"the loss of step {step} is {mine:.4f} and {theirs:.4f} for {REFERENCE}, "
+                f"the loss of step {step} is {mine:.4f} and {theirs:.4f} for {reference}, "
                 f"more than {allowed:.4f} apart"
             )
 
