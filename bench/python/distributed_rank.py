@@ -11,7 +11,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,15 @@ from qlora_native.hf.optimizers import OPTIMIZERS
 from qlora_native.nn import Linear4bit
 from qlora_native.nn.sharding import is_checkpointed_layer
 from qlora_native.training import use_checkpointing, use_chunked_loss
+from training_step import LossMismatchError
 
 CHECKED_STEPS = 3
 _WARM_UP_STEPS = 2
 _LEARNING_RATE = 2e-3
 _TIMED_GATHERS = 10
+
+_NORM_TOLERANCE = 2e-2
+"""Of a gradient that bf16 rounds; that of half of a global batch is 1.4 times as large."""
 
 # Since torch 2.13 it has another name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,7 +50,9 @@ class Run:
         parts: of the global batch, each `batch` sequences of `length` tokens; ranks have one each,
             a process alone takes the checked steps over all of them.
         checkpointing: "none" or "full".
-        expected: the losses of the first steps; None: they only have to fall.
+        packs_vocabulary: embeddings and head are in 4 bits too; of "fsdp" alone.
+        expected: of one process: "losses" of the first steps, which only have to fall where there
+            is none, and "gradient_norm" of the first.
     """
 
     name: str
@@ -64,7 +70,8 @@ class Run:
     lora_r: int
     adapter_dtype: str
     timeout: int
-    expected: Sequence[float] | None = None
+    packs_vocabulary: bool = False
+    expected: dict[str, Any] | None = None
 
     def config(self) -> Any:
         """Return transformers' configuration of the model."""
@@ -76,7 +83,9 @@ def make_model(run: Run, device: torch.device) -> nn.Module:
     """Return this rank's model, ready to train."""
     dtype = getattr(torch, run.adapter_dtype)
     if run.mode == "fsdp":
-        model = random_models.build_sharded(run.config(), run.lora_r, dtype, device)
+        model = random_models.build_sharded(
+            run.config(), run.lora_r, dtype, device, packs_vocabulary=run.packs_vocabulary
+        )
     else:
         model = random_models.build(run.config(), random_models.ours, device)
         random_models.add_native_adapters(model, run.lora_r, dtype)
@@ -89,22 +98,39 @@ def make_model(run: Run, device: torch.device) -> nn.Module:
     return model
 
 
-def make_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[torch.Tensor]
-) -> Callable[[], torch.Tensor]:
-    """Return a function that takes a step over batches of one size and returns its mean loss."""
+def backward(model: nn.Module, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute gradients over batches of one size; return the mean loss, on the device."""
+    losses = []
+    for ids in batches:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
-    def step() -> torch.Tensor:
-        losses = []
-        for ids in batches:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)
-            loss.backward()
-            losses.append(loss.detach())
+
+def first_steps(
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[torch.Tensor],
+    place: Ranks,
+) -> dict[str, Any]:
+    """Take the steps that are compared; return what `Run.expected` is of, of all ranks."""
+    losses, norms = [], []
+    for _ in range(CHECKED_STEPS):
+        loss = backward(model, batches).item()
+        squares = sum(
+            _local(p.grad).float().square().sum().item()
+            for p in model.parameters()
+            if p.requires_grad
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return torch.stack(losses).sum()
-
-    return step
+        loss, squares = place.sum([loss / place.size, squares])
+        losses.append(loss)
+        # Of split gradients each rank has a part, of others all.
+        norms.append(math.sqrt(squares if run.mode == "fsdp" else squares / place.size))
+    return {"losses": losses, "gradient_norm": norms[0]}
 
 
 class Gatherings:
@@ -182,16 +208,27 @@ def gather_bytes_per_s(size: int, device: torch.device) -> float:
     return (count - 1) * mine.nbytes / statistics.median(times) * 1e3
 
 
-def check_losses(run: Run, losses: Sequence[float]) -> None:
-    """Raise LossMismatchError unless they are those expected, and fall.
+def check(run: Run, found: dict[str, Any]) -> None:
+    """Compare what `first_steps` found with what is expected.
+
+    The norm is compared as well, for AdamW hides how large gradients are, and the losses of a few
+    steps whose batches they are of.
 
     Raises:
-        LossMismatchError: see above.
+        LossMismatchError: the losses do not fall, or something is not as expected.
     """
+    losses, norm = found["losses"], found["gradient_norm"]
     if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
-        raise training_step.LossMismatchError(f"the model does not learn: losses are {losses}")
-    if run.expected is not None:
-        training_step.check_losses(losses, run.expected, "one process")
+        raise LossMismatchError(f"the model does not learn: losses are {losses}")
+    if run.expected is None:
+        return
+    training_step.check_losses(losses, run.expected["losses"], "one process")
+    expected = run.expected["gradient_norm"]
+    if not abs(norm - expected) <= _NORM_TOLERANCE * expected:
+        raise LossMismatchError(
+            f"the first gradient's norm is {norm:.6g} and {expected:.6g} for one process, "
+            f"more than {_NORM_TOLERANCE:.0%} apart"
+        )
 
 
 def measure(run: Run, place: Ranks) -> dict[str, Any]:
@@ -209,11 +246,14 @@ def measure(run: Run, place: Ranks) -> dict[str, Any]:
     gatherings = Gatherings(model) if run.mode == "fsdp" else None
     if on_gpu:
         torch.cuda.empty_cache()
-    check = make_step(model, optimizer, batches)
-    losses = [place.sum([check().item() / place.size])[0] for _ in range(CHECKED_STEPS)]
-    check_losses(run, losses)
-    step = make_step(model, optimizer, batches[:1])
-    found: dict[str, Any] = {}
+    found = first_steps(run, model, optimizer, batches, place)
+    check(run, found)
+
+    def step() -> None:
+        backward(model, batches[:1])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     for _ in range(_WARM_UP_STEPS):
         if gatherings is not None:
             gatherings.clear()
@@ -234,7 +274,6 @@ def measure(run: Run, place: Ranks) -> dict[str, Any]:
     if gatherings is not None:
         found["gather_bytes_per_s"] = gather_bytes_per_s(found["layer_bytes"], device)
     return {
-        "losses": losses,
         "median_ms": statistics.median(times),
         "times_ms": times,
         "held_bytes": sum(_local(p).nbytes for p in model.parameters()),

@@ -103,23 +103,38 @@ def build(config: Any, make_linear: MakeLinear, device: torch.device) -> nn.Modu
     return model
 
 
-def build_sharded(config: Any, r: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def build_sharded(
+    config: Any,
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    packs_vocabulary: bool = False,
+) -> nn.Module:
     """Return what `build` makes of `ours`, with native adapters, split over all ranks by FSDP2.
 
     Every rank calls it. Each draws all numbers and keeps its part: nothing is sent, and none ever
     holds more than its parts and one matrix.
+
+    Args:
+        packs_vocabulary: embeddings and head are in 4 bits too; their numbers are other ones then.
     """
     import torch.distributed as dist
 
     import qlora_native as qn
-    from qlora_native.nn import Linear4bit
+    from qlora_native.nn import Embedding4bit, Linear4bit
     from qlora_native.nn.sharding import copy_whole_, shard_model
 
     model = _without_weights(config)
-    for name, module in _packed_linears(model):
+    empty = {"device": "meta", "dtype": torch.bfloat16}
+    linears = dict(_packed_linears(model))
+    if packs_vocabulary:
+        linears["lm_head"] = model.lm_head
+        embedding = Embedding4bit(config.vocab_size, config.hidden_size, **empty)
+        model.set_submodule("model.embed_tokens", embedding)
+    for name, module in linears.items():
         size = module.in_features, module.out_features
-        packed = Linear4bit(*size, bias=False, device="meta", dtype=torch.bfloat16)
-        model.set_submodule(name, packed)
+        model.set_submodule(name, Linear4bit(*size, bias=False, **empty))
     model.requires_grad_(False)
     qn.add_lora(model, r=r, alpha=2 * r, adapter_dtype=dtype)
     shard_model(model, dist.init_device_mesh(device.type, (dist.get_world_size(),)))
@@ -127,11 +142,15 @@ def build_sharded(config: Any, r: int, dtype: torch.dtype, device: torch.device)
     model.model.rotary_emb = _rotary_embedding(config, device)
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            name = name.removesuffix(".base_layer")
             shape = module.out_features, module.in_features
-            whole = ours(drawn(name, shape, _WEIGHT_STD, device, torch.bfloat16))
-            for leaf, value in whole.named_parameters():
-                copy_whole_(module.get_parameter(leaf), value)
+        elif isinstance(module, Embedding4bit):
+            shape = module.num_embeddings, module.embedding_dim
+        else:
+            continue
+        name = name.removesuffix(".base_layer")
+        whole = ours(drawn(name, shape, _WEIGHT_STD, device, torch.bfloat16))
+        for leaf, value in whole.named_parameters():
+            copy_whole_(module.get_parameter(leaf), value)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             copy_whole_(parameter, _adapter_value(name, parameter, device))
