@@ -299,36 +299,54 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def add_estimates(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> None:
+    """Put what is predicted into the records; where that fails, why.
+
+    After all runs, since it takes the CPU of them.
+    """
+
+    def key(name: str) -> str:
+        return name if _is_70b(name) else ""
+
+    # One for all runs but those of the 70B model.
+    by_key = {key(run.name): run for run in runs}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        estimates = {name: pool.submit(estimate, run) for name, run in by_key.items()}
+    for record in records:
+        try:
+            record["estimated_bytes"] = estimates[key(record["name"])].result()[record["mode"]]
+        except RuntimeError as error:
+            record["estimate_error"] = str(error)
+            print(f"no estimate of {record['name']}: {error}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     head = report.machine(torch.device(options.device), {})
     names = dict.fromkeys(name for case in options.cases for name in CASES[case])
     runs = [make_run(options, name) for name in names]
     records: list[dict[str, Any]] = []
+    wanted: list[dict[str, Any]] = []
+
+    def write() -> None:
+        wanted[:] = goals(options, records)
+        if options.json:
+            report.write_json(options.json, {**head, "records": records, "goals": wanted})
+
     expected: dict[str, Any] | None = None
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        # One for all runs but those of the 70B model.
-        estimated = {run.name if _is_70b(run.name) else "": run for run in runs}
-        estimates = {name: pool.submit(estimate, run) for name, run in estimated.items()}
-        for run in runs:
-            is_70b = _is_70b(run.name)
-            record = launch(run if is_70b else dataclasses.replace(run, expected=expected))
-            if "error" not in record:
-                try:
-                    found = estimates[run.name if is_70b else ""].result()
-                    record["estimated_bytes"] = found[run.mode]
-                except RuntimeError as error:
-                    record["estimate_error"] = str(error)
-                    print(f"no estimate of {run.name}: {error}", file=sys.stderr)
-            records.append(record)
-            print(table([record]).splitlines()[-1], file=sys.stderr, flush=True)
-            wanted = goals(options, records)
-            if options.json:
-                report.write_json(options.json, {**head, "records": records, "goals": wanted})
-            if run.mode == "one":
-                if "error" in record:
-                    break
-                expected = {name: record[name] for name in ("losses", "gradient_norm")}
+    for run in runs:
+        needs_reference = run.mode != "one" and not _is_70b(run.name)
+        if needs_reference and expected is None:
+            record = {**dataclasses.asdict(run), "error": "there is nothing to compare with"}
+        else:
+            record = launch(dataclasses.replace(run, expected=expected) if needs_reference else run)
+        if run.mode == "one" and "error" not in record:
+            expected = {name: record[name] for name in ("losses", "gradient_norm")}
+        records.append(record)
+        print(table([record]).splitlines()[-1], file=sys.stderr, flush=True)
+        write()
+    add_estimates(runs, records)
+    write()
     print(table(records), goal_table(wanted), sep="\n\n")
     is_good = not any({"error", "estimate_error"} & record.keys() for record in records)
     return 0 if is_good and not any(goal["met"] is False for goal in wanted) else 1

@@ -187,16 +187,25 @@ def test_what_takes_too_long_is_ended():
     assert distributed_step._run(command, dict(os.environ), 1) == (None, "", "")
 
 
-def test_what_failed_is_named_and_ends_what_needs_it(monkeypatch, capsys):
+def test_what_failed_is_named_and_nothing_runs_unchecked(monkeypatch, capsys):
+    launched = []
+
     def failing(run):
+        launched.append(run.name)
         return {**vars(run), "error": "OutOfMemoryError: 7 GB"}
 
+    def no_estimate(run):
+        raise RuntimeError("no such option")
+
     monkeypatch.setattr(distributed_step, "launch", failing)
-    monkeypatch.setattr(distributed_step, "estimate", lambda run: {})
-    assert distributed_step.main([*TINY, "--cases", "ddp"]) == 1
-    printed = capsys.readouterr().out.splitlines()
-    assert "| one | tiny, 2 layers | 1 | 1 x 48 | failed: OutOfMemoryError: 7 GB |" in printed[2]
-    assert not any(line.startswith("| ddp") for line in printed)
+    monkeypatch.setattr(distributed_step, "estimate", no_estimate)
+    assert distributed_step.main([*TINY, "--cases", "ddp,70b"]) == 1
+    assert launched == ["one", "70b"]
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert "| one | tiny, 2 layers | 1 | 1 x 48 | failed: OutOfMemoryError: 7 GB |" in lines[2]
+    assert "failed: there is nothing to compare with" in lines[3]
+    assert "no estimate of ddp: no such option" in printed.err
 
 
 @pytest.mark.parametrize(("seconds", "met"), [(1.05, True), (1.2, False)])
