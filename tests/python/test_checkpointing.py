@@ -1,6 +1,7 @@
 """How much a step keeps changes what it computes again, and no number."""
 
 import collections
+import copy
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytest.importorskip("transformers")
 
 import qlora_native as qn
 from _hf import tiny
-from qlora_native.training import use_checkpointing
+from qlora_native.training import offload_activations, use_checkpointing
 
 LAYERS = 4
 
@@ -104,6 +105,47 @@ def test_without_dropout_the_state_of_the_generator_is_not_asked_for(monkeypatch
             step(net)
 
 
+class Counting(torch.autograd.graph.saved_tensors_hooks):
+    """Stands in for offloading where nothing moves: sees what it would be given."""
+
+    def __init__(self):
+        self.shapes = []
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        self.shapes.append(tuple(tensor.shape))
+        return tensor.detach()
+
+
+@pytest.mark.parametrize(("mode", "every"), [("full", 1), ("full", 2), ("selective", 1)])
+def test_offloading_gets_the_inputs_of_layers_that_run_again_and_nothing_else(mode, every):
+    net = model()
+    use_checkpointing(net, mode, every=every)
+    loss, gradients, _ = step(net)
+    counting = Counting()
+    for offload in (offload_activations(min_bytes=1), counting):
+        use_checkpointing(net, mode, every=every, offload=offload)
+        other_loss, other_gradients, _ = step(net)
+        assert other_loss == loss
+        for mine, theirs in zip(other_gradients, gradients, strict=True):
+            assert torch.equal(mine, theirs)
+    inputs = [shape for shape in counting.shapes if shape]
+    assert inputs == [(2, 24, 32)] * (LAYERS // every)
+    use_checkpointing(net, mode, every=every)
+    step(net)
+    assert len(counting.shapes) == len(inputs)
+
+
+def test_a_model_that_offloads_can_be_copied():
+    net = model()
+    use_checkpointing(net, "full", offload=offload_activations())
+    loss, gradients, _ = step(net)
+    other_loss, other_gradients, _ = step(copy.deepcopy(net))
+    assert other_loss == loss
+    for mine, theirs in zip(other_gradients, gradients, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_what_cannot_be_is_refused():
     net = model()
     with pytest.raises(ValueError, match="mode is 'half', expected one of none, full, selective"):
@@ -112,4 +154,11 @@ def test_what_cannot_be_is_refused():
         use_checkpointing(net, "full", every=0)
     with pytest.raises(NotImplementedError):
         use_checkpointing(torch.nn.Linear(2, 2), "selective")
+    offload = offload_activations(window=3)
+    with pytest.raises(NotImplementedError, match="Linear has no"):
+        use_checkpointing(torch.nn.Linear(2, 2), "full", offload=offload)
+    with pytest.raises(
+        ValueError, match=r"offload is ActivationOffload\(min_bytes=1048576, window=3"
+    ):
+        use_checkpointing(net, "none", offload=offload)
     use_checkpointing(torch.nn.Linear(2, 2), "none")

@@ -125,12 +125,21 @@ def test_what_is_kept_changes_no_number(folder, padded, tmp_path, mode):
     assert found["step"]["checkpointing"] != padded["step"]["checkpointing"]
 
 
+def test_offloading_changes_no_number(folder, padded, tmp_path):
+    words = ("--packing", "none", "--loss", "plain", "--checkpointing", "full")
+    found = report(folder, tmp_path / "out", *words, "--offload-activations")
+    assert losses(found) == losses(padded)
+    assert padded["step"]["offload"] == "off"
+    assert found["step"]["offload"] == "off (on the CPU they are in host memory)"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--loss", "best"), "--loss best: expected one of auto, chunked, liger, plain"),
         (("--packing", "tight"), "--packing tight: expected one of auto, none, flat, rows"),
         (("--checkpointing", "0"), "--checkpointing 0: expected auto, none, full, selective"),
+        (("--offload-activations",), "--offload-activations: with --checkpointing none no layer"),
         (("--cuda-graph",), "--cuda-graph: the run is on the cpu; a CUDA graph needs a GPU"),
         (("--liger",), "--liger: liger-kernel "),
         (("--loss", "liger"), "--loss liger: liger-kernel "),
@@ -144,7 +153,8 @@ def test_what_cannot_be_is_refused(folder, tmp_path, words, message):
 
 def options(**changes):
     values = {"packing": "auto", "cuda_graph": True, "lora_dropout": 0.0, "checkpointing": "full",
-              "gradient_checkpointing": True, "loss": "auto"}  # fmt: skip
+              "gradient_checkpointing": True, "offload_activations": False,
+              "loss": "auto"}  # fmt: skip
     return types.SimpleNamespace(**(values | changes))
 
 
@@ -158,6 +168,8 @@ def test_a_graph_is_refused_where_it_would_be_wrong():
         step.check(options(), where, 2)
     with pytest.raises(InputError, match="every flat batch has its own"):
         step.check(options(packing="flat"), where, 1)
+    with pytest.raises(InputError, match="--offload-activations: what moves to the host cannot"):
+        step.check(options(offload_activations=True), where, 1)
     model = tiny("llama")
     with pytest.raises(InputError, match=r"with --lora-dropout 0.1 a layer"):
         step.apply_checkpointing(model, options(lora_dropout=0.1))
@@ -208,7 +220,9 @@ def test_a_run_of_before_these_options_goes_on(folder, tmp_path):
     report(folder, output, max_steps=2, save_steps=1)
     file = output / "run.yaml"
     settings = yaml.safe_load(file.read_text())
-    for name in ("loss", "packing", "checkpointing", "cuda_graph", "liger"):
+    for name in (
+        "loss", "packing", "checkpointing", "offload_activations", "cuda_graph", "liger",
+    ):  # fmt: skip
         del settings[name]
     file.write_text(yaml.safe_dump(settings))
     shutil.rmtree(output / "checkpoint-2")

@@ -86,6 +86,7 @@ def _finetune(options: FinetuneOptions, ranks: parallel.Ranks) -> None:
         "loss": step.apply_loss(model, options),
         "packing": batches.words,
         "checkpointing": kept,
+        "offload": step.offload_in_words(options, where.device),
         "CUDA graph": step.graph_in_words(options, where.device),
         "optimizer": options.optim,
     }
@@ -276,7 +277,8 @@ def _train(
     held_out = trainer.eval_dataset is not None
     batch, length = options.per_device_train_batch_size, options.max_seq_length
     remedy = (
-        "reduce --per-device-train-batch-size or --max-seq-length, or use --checkpointing full."
+        "reduce --per-device-train-batch-size or --max-seq-length, or use --checkpointing full or "
+        "--offload-activations."
     )
     with allocating(f"evaluating and training with {batch} x {length} tokens per step:", remedy):
         try:

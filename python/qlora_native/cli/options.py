@@ -137,6 +137,14 @@ class FinetuneOptions(ModelOptions):
             _TRAINING,
         ),
     ] = "auto"
+    offload_activations: Annotated[
+        bool,
+        option(
+            "Keep the inputs of layers that run again in pinned host memory: for long sequences.",
+            _HARDWARE,
+            "--offload-activations",
+        ),
+    ] = False
     loss: Annotated[
         str,
         option(

@@ -22,6 +22,7 @@ _RESULTS = ("adapter_config.json", "adapter_model.safetensors", "report.json", "
 _FREE_ON_RESUME = {
     "output", "overwrite", "resume", "debug", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "device", "fsdp", "rank_timeout", "gradient_checkpointing", "checkpointing",
+    "offload_activations",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from qlora_native.cli.options import FinetuneOptions
 from qlora_native.hf.liger import use_liger_kernels
 from qlora_native.training import (
     UnsupportedModelError,
+    offload_activations,
     restore_plain_loss,
     use_checkpointing,
     use_chunked_loss,
@@ -33,7 +34,12 @@ def check(options: FinetuneOptions, where: Placement, processes: int) -> None:
     for name, known in (("loss", LOSSES), ("packing", PACKINGS)):
         value = getattr(options, name)
         require(value in known, f"--{name} {value}: expected one of {', '.join(known)}")
-    checkpointing(options)
+    mode, _ = checkpointing(options)
+    require(
+        mode != "none" or not options.offload_activations,
+        "--offload-activations: with --checkpointing none no layer runs again from its input; "
+        "full, selective or a number goes with it",
+    )
     if not options.cuda_graph:
         return
     require(
@@ -41,6 +47,10 @@ def check(options: FinetuneOptions, where: Placement, processes: int) -> None:
         f"--cuda-graph: the run is on the {where.device.type}; a CUDA graph needs a GPU",
     )
     require(processes == 1, f"--cuda-graph: for one process, and there are {processes}")
+    require(
+        not options.offload_activations,
+        "--cuda-graph --offload-activations: what moves to the host cannot be recorded",
+    )
     require(
         options.packing != "flat",
         "--cuda-graph --packing flat: a graph has one shape, and every flat batch has its own; "
@@ -82,8 +92,15 @@ def apply_checkpointing(model: nn.Module, options: FinetuneOptions) -> str:
             f"--cuda-graph: with {', '.join(found)} a layer that runs again would drop other "
             "elements; use --checkpointing none",
         )
+    offload = offload_activations() if options.offload_activations else None
     try:
-        use_checkpointing(model, mode, every=every, preserve_rng_state=not options.cuda_graph)
+        use_checkpointing(
+            model,
+            mode,
+            every=every,
+            preserve_rng_state=not options.cuda_graph,
+            offload=offload,
+        )
     except NotImplementedError as error:
         raise InputError(f"--checkpointing {options.checkpointing}: {error}") from error
     # Not only where layers run again: a model that fills a cache does not read packed rows as such.
@@ -138,6 +155,15 @@ def table(rows: dict[str, str]) -> Table:
     for name, words in rows.items():
         result.add_row(name, words)
     return result
+
+
+def offload_in_words(options: FinetuneOptions, device: torch.device) -> str:
+    """Whether the inputs of layers that run again wait in host memory."""
+    if not options.offload_activations:
+        return "off"
+    if device.type == "cpu":
+        return "off (on the CPU they are in host memory)"
+    return "inputs of layers that run again are in pinned host memory until then"
 
 
 def graph_in_words(options: FinetuneOptions, device: torch.device) -> str:

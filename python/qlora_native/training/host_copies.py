@@ -50,8 +50,8 @@ class _Record:
     """Memory that was moved: one storage at one version, whoever has saved it."""
 
     __slots__ = (
-        "alias", "copied", "handles", "host", "key", "nbytes", "next", "on_device", "previous",
-        "round", "source", "stream", "unpacked", "version",
+        "alias", "copied", "done_in", "handles", "host", "key", "nbytes", "next", "on_device",
+        "previous", "round", "source", "stream", "unpacked", "version",
     )  # fmt: skip
 
     def __init__(self, tensor: Tensor, previous: _Record | None) -> None:
@@ -75,6 +75,8 @@ class _Record:
         self.unpacked = 0
         """Of them, how many were asked for in this round, which ends when all have been."""
         self.round = 0
+        self.done_in: int | None = None
+        """The backward pass, by torch's number, that needs it no more."""
         self.previous, self.next = previous, None
         """Neighbours in the order of saving: the one before is the next to be needed."""
         if previous is not None:
@@ -176,11 +178,19 @@ class HostCopies:
         if handle.round != record.round:
             handle.round = record.round
             record.unpacked += 1
+        backward = torch._C._current_graph_task_id()
         if record.unpacked >= record.handles:
+            record.done_in = backward
             self._release(record)
-        if record.previous is not None:
-            self._fetch(record.previous)
+        self._prefetch(record.previous, backward)
         return tensor
+
+    def _prefetch(self, record: _Record | None, backward: int) -> None:
+        # An operation may ask for what it saved in any order: not for this one once more.
+        while record is not None and record.done_in == backward:
+            record = record.previous
+        if record is not None:
+            self._fetch(record)
 
     def _fetch(self, record: _Record) -> None:
         if record.on_device is not None or record.alias is not None:
