@@ -21,6 +21,7 @@ from qlora_native import optim
 from qlora_native.hf import QLoRANativeConfig, use_as_paged_optimizers
 from qlora_native.nn import Linear4bit
 from qlora_native.nn.targets import replace_module
+from qlora_native.training import ActivationOffload, use_checkpointing
 
 
 def adapted(kind="llama", **options):
@@ -81,6 +82,29 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path, kind):
         runs.append(losses(run))
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
     assert runs[2] == pytest.approx(runs[0], rel=1e-5)
+
+
+class Entered(ActivationOffload):
+    """Counts the layers that offload."""
+
+    count = 0
+
+    def __enter__(self):
+        self.count += 1
+        return super().__enter__()
+
+
+def test_offloading_is_in_use_in_every_layer_and_step(tmp_path):
+    runs = []
+    offload = Entered(min_bytes=1)
+    for mode in (None, offload):
+        model = adapted()
+        use_checkpointing(model, "full", offload=mode)
+        run = trainer(model, arguments(tmp_path, max_steps=3))
+        run.train()
+        runs.append(losses(run))
+    assert runs[0] == runs[1]
+    assert offload.count == 3 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "lion_32bit"])
