@@ -129,7 +129,8 @@ def test_offloading_gets_the_inputs_of_layers_that_run_again_and_nothing_else(mo
         assert other_loss == loss
         for mine, theirs in zip(other_gradients, gradients, strict=True):
             assert torch.equal(mine, theirs)
-    inputs = [shape for shape in counting.shapes if shape]
+    # Of scalars and the empty tensors by which some versions of torch mark a checkpoint: nothing.
+    inputs = [shape for shape in counting.shapes if shape and 0 not in shape]
     assert inputs == [(2, 24, 32)] * (LAYERS // every)
     use_checkpointing(net, mode, every=every)
     step(net)
