@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -54,6 +55,16 @@ std::vector<std::string> for_each_kernel(Op op, Device device, const std::functi
   SCOPED_TRACE(std::string(name(op)) + " on " + to_string(device) + ", automatic choice");
   body();
   return ran;
+}
+
+void expect_ran_if_usable(const std::string& gpu_kernel, Op op,
+                          const std::vector<std::string>& ran) {
+  if (!cuda_available()) return;
+  for (const std::string& usable : usable_kernels(op, Device::cuda(0))) {
+    if (usable != gpu_kernel) continue;
+    EXPECT_NE(std::find(ran.begin(), ran.end(), gpu_kernel), ran.end())
+        << gpu_kernel << " declined a case of " << name(op) << " that is there for it";
+  }
 }
 
 }  // namespace qlora_native::testing

@@ -21,6 +21,10 @@ std::vector<std::string> usable_kernels(Op op, Device device);
 /// the one that ran must be the one that was forced. Returns the names of those that ran.
 std::vector<std::string> for_each_kernel(Op op, Device device, const std::function<void()>& body);
 
+/// Fails if a GPU kernel of `op` that the machine can run is not among those that `ran`.
+void expect_ran_if_usable(const std::string& gpu_kernel, Op op,
+                          const std::vector<std::string>& ran);
+
 /// Forces a kernel for the length of a scope.
 class ForcedKernel {
  public:
