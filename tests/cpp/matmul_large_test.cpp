@@ -77,6 +77,35 @@ TEST(LargeMatmul, IsAccurateInEveryTileOfEveryKernel) {
   }
 }
 
+TEST(LargeMatmul, RepeatsItsBitsWhateverIsInTheWorkspace) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  const Device device = Device::cuda(0);
+  // Depths that the kernels for more than eight rows cut: in few tiles, and in some more than there are processors.
+  const int64_t shapes[][3] = {{1, 520, 4096},   {7, 520, 4096},   {20, 520, 4096},
+                               {150, 520, 4096}, {61, 4104, 3136}, {300, 11300, 1408}};
+  uint32_t seed = 70;
+  for (const auto& [m, cols, depth] : shapes) {
+    for (const bool transposed : {false, true}) {
+      const DType dtype = ++seed % 3 == 0 ? DType::kFloat16 : DType::kBFloat16;
+      const WeightSpec weight = transposed
+                                    ? WeightSpec{depth, (cols + 63) / 64 * 64, 64, kNF4, true}
+                                    : WeightSpec{cols, depth, 64, kNF4, false};
+      const Product p{weight, m, dtype, transposed};
+      SCOPED_TRACE(::testing::Message() << p.weight << ", M " << p.m << ", " << name(p.dtype));
+      const ProductInputs inputs = make_product_inputs(p, seed);
+      for_each_kernel(p.op(), device, [&] {
+        const ProductRun expected = run_product_in(0xff, device, p, inputs);
+        if (last_kernel(p.op()) == "gemm_sm80" && cols == 520) {
+          EXPECT_GT(expected.workspace_bytes, 0) << "a few deep tiles are not cut";
+        }
+        for (const uint8_t in_workspace : {0x00, 0x3c}) {
+          EXPECT_EQ(run_product_in(in_workspace, device, p, inputs).out, expected.out);
+        }
+      });
+    }
+  }
+}
+
 TEST(LargeMatmul, RunsOnTensorCoresWhereADenseLibraryWouldBeFasterStill) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";
   for (const bool transposed : {false, true}) {

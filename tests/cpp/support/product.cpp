@@ -34,7 +34,8 @@ ProductInputs make_product_inputs(const Product& p, uint32_t seed) {
   return inputs;
 }
 
-std::vector<double> run_product(Device device, const Product& p, const ProductInputs& inputs) {
+ProductRun run_product_in(uint8_t in_workspace, Device device, const Product& p,
+                          const ProductInputs& inputs) {
   DeviceWeight weight(device, p.weight, inputs.weight);
   const auto a_bytes = with_padding(p.dtype, inputs.a, p.m, p.depth(), p.a_padding);
   const auto bias_bytes = to_bytes(p.dtype, inputs.bias);
@@ -46,33 +47,39 @@ std::vector<double> run_product(Device device, const Product& p, const ProductIn
   const MatrixView a_view{a.data(), p.m, p.depth(), p.depth() + p.a_padding, p.dtype, device};
   const MutableMatrixView out_view{out.data(), p.m, p.columns(), out_stride, p.dtype, device};
   const TestStream stream(device);
-  if (p.transposed) {
-    const MatmulTransposedArgs args{a_view, weight.view(), out_view};
-    DeviceArray<uint8_t> workspace(device, matmul_4bit_transposed_workspace_bytes(args));
-    matmul_4bit_transposed(args, {workspace.data(), workspace.size()}, stream.get());
+  ProductRun result;
+  const auto run = [&](auto bytes, auto operation, const auto& args) {
+    result.workspace_bytes = bytes(args);
+    const std::vector<uint8_t> fill(static_cast<size_t>(result.workspace_bytes), in_workspace);
+    DeviceArray<uint8_t> workspace(device, std::span<const uint8_t>(fill));
+    operation(args, Workspace{workspace.data(), workspace.size()}, stream.get());
     stream.synchronize();
     workspace.expect_guards_intact();
+  };
+  if (p.transposed) {
+    const MatmulTransposedArgs args{a_view, weight.view(), out_view};
+    run(matmul_4bit_transposed_workspace_bytes, matmul_4bit_transposed, args);
   } else {
     MatmulArgs args{a_view, weight.view(), {}, out_view};
     if (p.has_bias) args.bias = {bias.data(), p.columns(), p.dtype, device};
-    DeviceArray<uint8_t> workspace(device, matmul_4bit_workspace_bytes(args));
-    matmul_4bit(args, {workspace.data(), workspace.size()}, stream.get());
-    stream.synchronize();
-    workspace.expect_guards_intact();
+    run(matmul_4bit_workspace_bytes, matmul_4bit, args);
   }
   out.expect_guards_intact();
 
   const std::vector<uint8_t> bytes = out.to_host();
-  std::vector<uint8_t> dense;
   const int64_t width = size_bytes(p.dtype);
   for (int64_t row = 0; row < p.m; ++row) {
     const auto begin = bytes.begin() + row * out_stride * width;
-    dense.insert(dense.end(), begin, begin + p.columns() * width);
+    result.out.insert(result.out.end(), begin, begin + p.columns() * width);
     for (int64_t i = p.columns() * width; i < out_stride * width; ++i) {
       EXPECT_EQ(begin[i], 0xff) << "padding of row " << row << " was written to";
     }
   }
-  return from_bytes(p.dtype, dense);
+  return result;
+}
+
+std::vector<double> run_product(Device device, const Product& p, const ProductInputs& inputs) {
+  return from_bytes(p.dtype, run_product_in(0xff, device, p, inputs).out);
 }
 
 }  // namespace qlora_native::testing

@@ -31,7 +31,17 @@ struct ProductInputs {
 
 ProductInputs make_product_inputs(const Product& p, uint32_t seed);
 
-/// Runs the product; returns out, dense, having checked that nothing else was written.
+struct ProductRun {
+  std::vector<uint8_t> out;     ///< [m, columns], dense, in the dtype
+  int64_t workspace_bytes = 0;  ///< what the kernel asked for
+};
+
+/// Runs the product in a workspace that is full of the byte `in_workspace`, and checks that nothing but out and the
+/// workspace was written.
+ProductRun run_product_in(uint8_t in_workspace, Device device, const Product& p,
+                          const ProductInputs& inputs);
+
+/// The same in a workspace of NaN; returns out.
 std::vector<double> run_product(Device device, const Product& p, const ProductInputs& inputs);
 
 }  // namespace qlora_native::testing
