@@ -145,6 +145,10 @@ void visit_shape(GemmSm80Tile tile, const Visitor& visitor) {
       return visitor(GemmSm80Tile32{});
     case GemmSm80Tile::k64:
       return visitor(GemmSm80Tile64{});
+    case GemmSm80Tile::kLone32:
+      return visitor(GemmSm80LoneTile32{});
+    case GemmSm80Tile::kLone64:
+      return visitor(GemmSm80LoneTile64{});
     case GemmSm80Tile::k128:
       return visitor(GemmSm80Tile128{});
     case GemmSm80Tile::kWide:

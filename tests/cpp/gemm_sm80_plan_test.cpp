@@ -95,11 +95,33 @@ TEST(GemmSm80Plan, TakesTheTileThatSuitsRowsAndSharedMemory) {
   EXPECT_EQ(plan_sm80_for(kRtx4090, 512, 4096, 4096).tile, GemmSm80Tile::k128) << "no room";
 }
 
+TEST(GemmSm80Plan, AThreadBlockThatIsAloneOnItsProcessorHasEightWarps) {
+  EXPECT_EQ(plan_sm80_for(kRtx4090, 17, 14336, 4096).tile, GemmSm80Tile::kLone32) << "no room";
+  EXPECT_EQ(plan_sm80_for(kRtx4090, 33, 14336, 4096).tile, GemmSm80Tile::kLone64) << "no room";
+  EXPECT_EQ(plan_sm80_for(kA100, 17, 1024, 4096).tile, GemmSm80Tile::kLone32) << "little to do";
+  EXPECT_EQ(plan_sm80_for(kA100, 33, 1024, 4096).tile, GemmSm80Tile::kLone64) << "little to do";
+  for (const Gpu& gpu : kGpus) {
+    for (const int64_t rows : {1, 32, 33, 64}) {
+      for (const int64_t cols : {1, 128, 1024, 4096, 14336, 150000}) {
+        for (const int64_t depth : {64, 1024, 4096, 14336}) {
+          SCOPED_TRACE(::testing::Message() << rows << " x " << cols << " x " << depth);
+          const GemmSm80Plan plan = plan_sm80_for(gpu, rows, cols, depth);
+          const bool is_alone =
+              plan.tile == GemmSm80Tile::kLone32 || plan.tile == GemmSm80Tile::kLone64;
+          EXPECT_EQ(is_alone, plan.grid <= gpu.processors);
+        }
+      }
+    }
+  }
+}
+
 TEST(GemmSm80Plan, EveryTileFitsWhereItIsTaken) {
   constexpr int kMostOfAda = 99 * 1024;  // of a thread block
   constexpr int kMostOfA100 = 163 * 1024;
   EXPECT_LE(GemmSm80Tile32::kSharedBytes, kMostOfAda);
   EXPECT_LE(GemmSm80Tile64::kSharedBytes, kMostOfAda);
+  EXPECT_LE(GemmSm80LoneTile32::kSharedBytes, kMostOfAda);
+  EXPECT_LE(GemmSm80LoneTile64::kSharedBytes, kMostOfAda);
   EXPECT_LE(GemmSm80Tile128::kSharedBytes, kMostOfAda);
   EXPECT_LE(GemmSm80WideTile::kSharedBytes, kMostOfA100);
 }

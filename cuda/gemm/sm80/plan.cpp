@@ -56,11 +56,26 @@ GemmSm80Plan plan_with(const GemmSm80Problem& problem, GemmSm80Tile tile) {
   return plan;
 }
 
+/// A plan with tiles of `Shape` or, where a processor would have one thread block of them, because two do not fit or
+/// because there is not enough to do, with those of `LoneShape`.
+template <class Shape, class LoneShape>
+GemmSm80Plan plan_with_either(const GemmSm80Problem& problem, GemmSm80Tile tile,
+                              GemmSm80Tile lone_tile) {
+  const GemmSm80Plan plan = plan_with<Shape>(problem, tile);
+  return plan.grid > problem.processors ? plan : plan_with<LoneShape>(problem, lone_tile);
+}
+
 }  // namespace
 
 GemmSm80Plan plan_gemm_sm80(const GemmSm80Problem& problem) {
-  if (problem.rows <= 32) return plan_with<GemmSm80Tile32>(problem, GemmSm80Tile::k32);
-  if (problem.rows <= 64) return plan_with<GemmSm80Tile64>(problem, GemmSm80Tile::k64);
+  if (problem.rows <= 32) {
+    return plan_with_either<GemmSm80Tile32, GemmSm80LoneTile32>(problem, GemmSm80Tile::k32,
+                                                                GemmSm80Tile::kLone32);
+  }
+  if (problem.rows <= 64) {
+    return plan_with_either<GemmSm80Tile64, GemmSm80LoneTile64>(problem, GemmSm80Tile::k64,
+                                                                GemmSm80Tile::kLone64);
+  }
   // The wide tile reads less of shared memory, but the parts that it is cut into are larger.
   if (blocks_at_a_time<GemmSm80WideTile>(problem.shared_bytes) > 0 &&
       problem.cols > GemmSm80Tile128::kCols) {

@@ -17,13 +17,17 @@ struct GemmSm80Problem {
   int64_t shared_bytes;  ///< of a processor: 164 KB on sm_80, 100 KB on sm_86 and sm_89
 };
 
-/// Tiles of the output, by their rows. The wide one needs more shared memory than sm_86 and sm_89 have.
+/// Tiles of the output, by their rows. Of 32 and 64 rows, for two thread blocks of four warps on a processor, and for one of
+/// eight, alone there: four warps, one for each scheduler, would wait for every latency. The wide tile needs more shared
+/// memory than sm_86 and sm_89 have.
 using GemmSm80Tile32 = MmaTileShape<32, 128, 128, 4, 2>;
 using GemmSm80Tile64 = MmaTileShape<64, 128, 128, 4, 2>;
+using GemmSm80LoneTile32 = MmaTileShape<32, 128, 256, 4, 1>;
+using GemmSm80LoneTile64 = MmaTileShape<64, 128, 256, 4, 1>;
 using GemmSm80Tile128 = MmaTileShape<128, 128, 256, 3, 1>;
 using GemmSm80WideTile = MmaTileShape<128, 256, 256, 3, 1>;
 
-enum class GemmSm80Tile { k32, k64, k128, kWide };
+enum class GemmSm80Tile { k32, k64, kLone32, kLone64, k128, kWide };
 
 /// Passed to the kernels as it is. Tiles are numbered down the columns of tiles, so that neighbours use the same
 /// weights; the steps of their depth, or whole tiles, are pieces. A thread block has a run of pieces:
