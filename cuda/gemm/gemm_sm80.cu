@@ -82,16 +82,18 @@ int64_t adding_blocks_of_tile(const GemmSm80Plan& plan) {
   return (plan.part_rows * plan.tile_cols / kColsOfThread + kAddingThreads - 1) / kAddingThreads;
 }
 
-/// Adds up the parts of the tiles that were cut: kColsOfThread sums of a row by each thread.
+/// Adds up the parts of the tiles that were cut: kColsOfThread sums of a row by each thread, a candidate by
+/// `blocks_of_tile` thread blocks.
 template <class T>
 __global__ void __launch_bounds__(kAddingThreads)
     gemm_sm80_add_parts_kernel(const __grid_constant__ GemmSm80Params<T> p, int blocks_of_tile) {
   const auto& plan = p.plan;
-  const int tile = static_cast<int>(blockIdx.x) / blocks_of_tile;
+  const int candidate = static_cast<int>(blockIdx.x) / blocks_of_tile;
+  const int tile = gemm_sm80_cut_candidate(plan, candidate);
   const int first = gemm_sm80_block_of(plan, tile * plan.pieces);
   const int last = gemm_sm80_block_of(plan, tile * plan.pieces + plan.pieces - 1);
   if (first == last) return;  // it has written the tile itself
-  const int in_tile = static_cast<int>(blockIdx.x) - tile * blocks_of_tile;
+  const int in_tile = static_cast<int>(blockIdx.x) - candidate * blocks_of_tile;
   const int at = (in_tile * kAddingThreads + static_cast<int>(threadIdx.x)) * kColsOfThread;
   const MmaTilePlace place = p.place_of(tile);
   const int64_t row = place.row0 + at / plan.tile_cols;
@@ -190,10 +192,10 @@ void run(const char* name, const Operands& args, Workspace workspace, Stream str
             name, device, params, to_cuda(stream));
       });
     });
-    if (plan.cuts_tiles()) {
+    if (const int candidates = gemm_sm80_cut_candidates(plan); candidates > 0) {
       const int64_t blocks_of_tile = adding_blocks_of_tile(plan);
       launch(name, gemm_sm80_add_parts_kernel<T>,
-             {.grid = plan.tiles * blocks_of_tile, .block = kAddingThreads}, to_cuda(stream),
+             {.grid = candidates * blocks_of_tile, .block = kAddingThreads}, to_cuda(stream),
              params, static_cast<int>(blocks_of_tile));
     }
   });

@@ -72,6 +72,35 @@ TEST(GemmSm80Plan, PartsOfTilesHaveTheirPlacesInTheWorkspace) {
   EXPECT_GT(parts.size(), 1);
 }
 
+TEST(GemmSm80Plan, EveryTileThatIsCutIsACandidateOnce) {
+  bool saw_more_tiles = false;
+  bool saw_fewer_tiles = false;
+  for (const Gpu& gpu : kGpus) {
+    for (const int64_t rows : {17, 33, 65, 300, 1000}) {
+      for (const int64_t cols : {129, 1024, 4096, 14336, 28672}) {
+        for (const int64_t depth : {512, 4096, 14336}) {
+          SCOPED_TRACE(::testing::Message() << rows << " x " << cols << " x " << depth);
+          const GemmSm80Plan plan = plan_sm80_for(gpu, rows, cols, depth);
+          std::set<int> cut;
+          for (int block = 1; block < plan.grid; ++block) {
+            const int piece = gemm_sm80_first_piece(plan, block);
+            if (piece % plan.pieces != 0) cut.insert(piece / plan.pieces);
+          }
+          std::multiset<int> candidates;
+          for (int i = 0; i < gemm_sm80_cut_candidates(plan); ++i) {
+            candidates.insert(gemm_sm80_cut_candidate(plan, i));
+          }
+          for (const int tile : cut) EXPECT_EQ(candidates.count(tile), 1) << "tile " << tile;
+          for (const int tile : candidates) EXPECT_LT(tile, plan.tiles);
+          EXPECT_LE(candidates.size(), std::min(plan.tiles, plan.grid));
+          (plan.tiles < plan.grid ? saw_fewer_tiles : saw_more_tiles) |= !cut.empty();
+        }
+      }
+    }
+  }
+  EXPECT_TRUE(saw_more_tiles && saw_fewer_tiles);
+}
+
 TEST(GemmSm80Plan, TilesAreCutOnlyWhereProcessorsWouldIdle) {
   const GemmSm80Plan few = plan_sm80_for(kA100, 32, 4096, 4096);
   EXPECT_TRUE(few.cuts_tiles()) << "32 tiles";

@@ -71,6 +71,19 @@ constexpr int gemm_sm80_part_of(int block, bool has_start_of_tile) {
   return 2 * block + (has_start_of_tile ? 1 : 0);
 }
 
+/// How many tiles may be cut: all or, where there are no more thread blocks than tiles, those in which the runs of two thread
+/// blocks meet. There a run is a tile or longer, so that no tile has two such places.
+constexpr int gemm_sm80_cut_candidates(const GemmSm80Plan& plan) {
+  if (!plan.cuts_tiles()) return 0;
+  return plan.tiles < plan.grid ? plan.tiles : plan.grid - 1;
+}
+
+/// The tile that is candidate 0..gemm_sm80_cut_candidates - 1. Each tile that is cut is one of them, once.
+constexpr int gemm_sm80_cut_candidate(const GemmSm80Plan& plan, int candidate) {
+  return plan.tiles < plan.grid ? candidate
+                                : gemm_sm80_first_piece(plan, candidate + 1) / plan.pieces;
+}
+
 GemmSm80Plan plan_gemm_sm80(const GemmSm80Problem& problem);
 
 /// Whether it should beat decoding the weight and a dense product on a device of this compute capability (80 for 8.0).
