@@ -11,7 +11,6 @@
 // tile of columns, from L2; sums of at most two parts of tiles for each thread block, written and read.
 // Bound: tensor cores; for 32 rows and fewer decoding (byte permutations) and shared memory.
 #include <cstdint>
-#include <limits>
 #include <string>
 
 #include "device/async_copy.cuh"

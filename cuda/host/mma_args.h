@@ -1,4 +1,4 @@
-// Which arguments the tensor-core products with small M take.
+// Which arguments the tensor-core products take.
 #pragma once
 
 #include <cstdint>
