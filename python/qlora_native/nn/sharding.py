@@ -7,6 +7,9 @@ are the token embeddings, and the final norm with the head.
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,20 +46,46 @@ def shard_model(model: nn.Module, mesh: Any = None) -> None:
         ValueError: the model has no layer that gradient checkpointing could run again, so that all
             of it would be whole at a time.
     """
-    from torch.distributed.fsdp import fully_shard
-
     layers = [m for m in model.modules() if is_checkpointed_layer(m)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers that could be sharded one by one")
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}
-    if not shared:
-        fully_shard(embedding, mesh=mesh)
-        # Used last and first again: gathered once.
-        fully_shard(head, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh)
+    with _split_of_integers() as fully_shard:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        if not shared:
+            fully_shard(embedding, mesh=mesh)
+            # Used last and first again: gathered once.
+            fully_shard(head, mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def _split_of_integers() -> Iterator[Callable[..., Any]]:
+    """Gives torch's `fully_shard`, which within it takes frozen integer parameters.
+
+    torch up to 2.12 makes every part a parameter that needs a gradient, for as long as it takes to
+    set what the whole one says; of integers there is no such parameter.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version >= (2, 13):
+        yield fully_shard
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    def parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:
+        return nn.Parameter(data, requires_grad and data.is_floating_point())
+
+    modules = types.ModuleType("nn")
+    modules.__dict__.update(vars(nn), Parameter=parameter)
+    vars(_fsdp_param)["nn"] = modules
+    try:
+        yield fully_shard
+    finally:
+        vars(_fsdp_param)["nn"] = nn
 
 
 def is_checkpointed_layer(module: nn.Module) -> bool:
