@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 import qlora_native as qn  # noqa: E402
 from _hf import tiny, with_adapters  # noqa: E402
 from _training import LORA, adapter_state, arguments, losses, trainer  # noqa: E402
+from qlora_native.nn.sharding import shard_model, whole  # noqa: E402
 from qlora_native.training import (  # noqa: E402
     UnsupportedModelError,
     learned_tokens,
@@ -212,6 +213,29 @@ def test_a_pickled_model_has_its_plain_loss(tmp_path):
     assert uses_chunked_loss(loaded) and loaded(**batch()).logits is None
     restore_plain_loss(loaded)
     assert loaded(**batch()).logits is not None
+
+
+@pytest.fixture
+def one_rank():
+    dist = pytest.importorskip("torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_dense_head_that_is_split_over_ranks_is_multiplied_by_itself(one_rank, monkeypatch):
+    # Any other is gathered for each chunk, forward and backward.
+    monkeypatch.setattr("qlora_native.training.causal_lm.chunked_cross_entropy", None)
+    model = adapted(MODELS["llama"])
+    use_chunked_loss(model, chunk_tokens=7)
+    expected, gradients = step(model)
+    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+    shard_model(model, one_rank)
+    found, parts = step(model)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert parts.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(whole(parts[name]), gradient)
 
 
 class ScaledForCausalLM(transformers.LlamaForCausalLM):

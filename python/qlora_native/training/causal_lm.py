@@ -219,8 +219,14 @@ def _is_plain_linear(head: nn.Module) -> bool:
         and type(head).forward is nn.Linear.forward
         and "forward" not in vars(head)
         and not any(parameter.requires_grad for parameter in head.parameters())
-        and not (head._forward_hooks or (head._forward_pre_hooks and not _is_sharded(head)))
+        and not any(map(_is_of_others, head._forward_hooks.values()))
+        and not any(map(_is_of_others, head._forward_pre_hooks.values()))
     )
+
+
+def _is_of_others(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is none of those by which FSDP2 gathers what it split: see `_unsharded`."""
+    return not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")
 
 
 def _is_sharded(module: nn.Module) -> bool:
