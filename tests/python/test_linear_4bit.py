@@ -199,6 +199,10 @@ def test_opcheck(device):
         assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith(("2.9.", "2.10.")),
+    reason="its compiler loses an argument of a Function where shapes are dynamic (docs/installing)",
+)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_in_one_graph_forward_and_backward(device, backend):
     torch._dynamo.reset()

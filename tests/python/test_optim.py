@@ -193,6 +193,8 @@ def test_halves_are_updated_in_fp32_and_rounded_once(device, dtype, grad_dtype):
     exact = [torch.nn.Parameter(p.detach().float()) for p in ours]
     a, b = qn.optim.AdamW(ours, lr=1e-2), torch.optim.AdamW(exact, lr=1e-2)
     if grad_dtype is not None:
+        if not hasattr(torch.Tensor, "grad_dtype"):
+            pytest.skip("this torch has gradients of the parameter's dtype alone")
         for p in ours:
             p.grad_dtype = None  # any
     for step in range(5):
