@@ -201,7 +201,7 @@ def test_opcheck(device):
 
 @pytest.mark.skipif(
     torch.__version__.startswith(("2.9.", "2.10.")),
-    reason="its compiler loses an argument of a Function where shapes are dynamic (docs/installing)",
+    reason="its compiler loses an argument of a Function where shapes are dynamic",
 )
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_in_one_graph_forward_and_backward(device, backend):
