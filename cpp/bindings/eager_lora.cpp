@@ -55,10 +55,8 @@ nb::object EagerLora::forward(nb::handle x, const qn::Dropout& dropout, nb::hand
 /// Whose product every y is. False if one cannot be computed here, before anything has been.
 bool EagerLora::plan_outputs(const qn::MatrixView& x, std::vector<Layer>* layers) const {
   products_.share_threads(x.device);
-  Matrix y{{}, x};
-  y.view.data = eager_nowhere();
   for (Layer& layer : *layers) {
-    y.view.cols = y.view.row_stride = layer.weight.view.rows;
+    const auto y = Matrix::without_memory(x, layer.weight.view.rows);
     qn::MatmulArgs question{x, layer.weight.view, {}, y.writable()};
     if (!read_bias(torch_, layer.bias, layer.weight, x.dtype, &question.bias)) return false;
     layer.is_dense = qn::matmul_4bit_plan(question).prefers_dense;
@@ -73,9 +71,7 @@ bool EagerLora::plan_input_gradient(const std::vector<Matrix>& dy,
   products_.share_threads(dy[0].view.device);
   for (size_t i = 0; i < layers->size(); ++i) {
     Layer& layer = (*layers)[i];
-    Matrix dx{{}, dy[i].view};
-    dx.view.data = eager_nowhere();
-    dx.view.cols = dx.view.row_stride = layer.weight.view.cols;
+    const auto dx = Matrix::without_memory(dy[i].view, layer.weight.view.cols);
     layer.is_dense = qn::matmul_4bit_transposed_plan({dy[i].view, layer.weight.view, dx.writable()})
                          .prefers_dense;
     if (layer.is_dense && !products_.can_decode(layer.weight, dx.view.dtype)) return false;
@@ -86,9 +82,7 @@ bool EagerLora::plan_input_gradient(const std::vector<Matrix>& dy,
 /// y of a layer, of the shape of x but for the last dimension. None when there is no memory.
 nb::object EagerLora::output(nb::handle x, const dlpack::Tensor& described, const Matrix& rows,
                              const Matrix& t, const Layer& layer) {
-  Matrix out{{}, rows.view};
-  out.view.cols = out.view.row_stride = layer.weight.view.rows;
-  out.view.data = eager_nowhere();
+  auto out = Matrix::without_memory(rows.view, layer.weight.view.rows);
   const bool begins =
       layer.is_dense && passes_.update_is_dense(t, layer.b, false, layer.scaling, kNoDropout, out);
   nb::object y;
@@ -187,9 +181,7 @@ nb::object EagerLora::backward(nb::handle dy, nb::handle x, nb::handle t,
 nb::object EagerLora::input_gradient(nb::handle first_dy, const std::vector<Matrix>& dy,
                                      const Matrix& u, const qn::Dropout& dropout,
                                      const std::vector<Layer>& layers) {
-  Matrix dx{{}, dy[0].view};
-  dx.view.cols = dx.view.row_stride = layers[0].weight.view.cols;
-  dx.view.data = eager_nowhere();
+  auto dx = Matrix::without_memory(dy[0].view, layers[0].weight.view.cols);
   const Matrix a = all_a(layers, dx.view.dtype);
   const bool begins = layers[0].is_dense && passes_.update_is_dense(u, a, true, 1.0f, dropout, dx);
   nb::object result;

@@ -5,6 +5,10 @@
 namespace nb = nanobind;
 namespace qn = qlora_native;
 
+EagerMatrix EagerMatrix::without_memory(const qn::MatrixView& rows, int64_t cols) {
+  return {{}, {eager_nowhere(), rows.rows, cols, cols, rows.dtype, rows.device}};
+}
+
 qn::MutableMatrixView EagerMatrix::writable() const {
   return {
       const_cast<void*>(view.data), view.rows, view.cols, view.row_stride, view.dtype, view.device};
@@ -28,7 +32,7 @@ EagerMatrix EagerLoraPasses::project(const EagerMatrix& x, const EagerMatrix& fa
                                      bool transposed, float scaling, const qn::Dropout& dropout,
                                      nb::handle like) {
   const int64_t ranks = transposed ? factor.view.cols : factor.view.rows;
-  EagerMatrix place{{}, {eager_nowhere(), x.view.rows, ranks, ranks, x.view.dtype, x.view.device}};
+  auto place = EagerMatrix::without_memory(x.view, ranks);
   qn::MatrixView& view = place.view;
   const bool is_scaled = scaling != 1.0f;
   const qn::LoraProjectArgs question{x.view,  factor.view, transposed,

@@ -15,6 +15,9 @@ struct EagerMatrix {
   nanobind::object tensor;
   qlora_native::MatrixView view;
 
+  /// Rows like those of `rows`, of `cols` elements, that are yet to be allocated: to be asked about.
+  static EagerMatrix without_memory(const qlora_native::MatrixView& rows, int64_t cols);
+
   /// Of a tensor of ours.
   qlora_native::MutableMatrixView writable() const;
 };

@@ -32,14 +32,15 @@ import qlora_native as qn
 
 for name in ("cc", "gcc", "c++", "g++", "clang", "nvcc", "cmake", "ninja"):
     assert shutil.which(name) is None, name
-w = torch.sin(torch.arange(96 * 70, dtype=torch.float32)).reshape(96, 70)
+w = torch.randn(96, 70)
 q = qn.quantize_4bit(w)
 layer = qn.nn.Linear4bit.from_quantized(q)
-x = torch.cos(torch.arange(3 * 70, dtype=torch.float32)).reshape(3, 70)
+x = torch.randn(3, 70)
 error = (layer(x) - x @ q.dequantize().T).abs().max().item()
 print(json.dumps({
     "file": qn.__file__,
     "version": qn.__version__,
+    "weight": w.tolist(),
     "packed": q.packed.tolist(),
     "absmax": q.absmax.tolist(),
     "offset": q.offset.item(),
@@ -147,7 +148,8 @@ class TestWheel:
         assert found["version"] == qn.__version__
         assert found["error"] < 1e-4
         assert "transformers" not in found["modules"]
-        q = qn.quantize_4bit(torch.sin(torch.arange(96 * 70, dtype=torch.float32)).reshape(96, 70))
+        # As it was there: torch's functions need not give two processes the same bits (HACKING.md).
+        q = qn.quantize_4bit(torch.tensor(found["weight"]))
         assert found["packed"] == q.packed.tolist()
         assert (found["absmax"], found["offset"]) == (q.absmax.tolist(), q.offset.item())
 

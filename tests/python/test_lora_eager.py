@@ -239,14 +239,19 @@ def test_a_forward_derivative_is_refused():
         layer(torch.autograd.forward_ad.make_dual(x, x))
 
 
+def gradients_of_seed_2(layer, x):
+    """What a checkpoint, begun with the same masks, has to return."""
+    torch.manual_seed(2)
+    return torch.autograd.grad(layer(x).square().sum(), leaves_of(layer, x))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_checkpointing(device, reentrant, dropout):
     layer = adapted(device, dropout=dropout)
     x = torch.randn(4, 128, device=device, requires_grad=True)
     leaves = leaves_of(layer, x)
-    torch.manual_seed(2)
-    expected = torch.autograd.grad(layer(x).square().sum(), leaves)
+    expected = gradients_of_seed_2(layer, x)
     torch.manual_seed(2)
     y = checkpoint(layer, x, use_reentrant=reentrant)
     torch.randn(3)
@@ -269,8 +274,7 @@ def test_one_pass_of_a_checkpoint_may_be_observed(device, observer, dropout):
     layer = adapted(device, dropout=dropout)
     x = torch.randn(4, 128, device=device, requires_grad=True)
     leaves = leaves_of(layer, x)
-    torch.manual_seed(2)
-    expected = torch.autograd.grad(layer(x).square().sum(), leaves)
+    expected = gradients_of_seed_2(layer, x)
     for watched in ("forward", "backward"):
         for leaf in leaves:
             leaf.grad = None

@@ -62,6 +62,14 @@ def set_up(net, kind, offload=None):
     return None
 
 
+def after_a_step():
+    """A model whose layers run again and offload, the tokens of its step, and what offloads."""
+    net, ids, offload = llama(), tokens(), offload_activations(min_bytes=ANY)
+    use_checkpointing(net, "full", offload=offload)
+    gradients(net, ids)
+    return net, ids, offload
+
+
 @pytest.mark.parametrize("kind", ["none", "full", "selective", "reentrant"])
 def test_gradients_are_the_same_bit_for_bit(kind):
     net = llama()
@@ -82,11 +90,7 @@ def test_gradients_are_the_same_bit_for_bit(kind):
 
 
 def test_of_layers_that_run_again_the_inputs_move_but_for_the_last():
-    net = llama()
-    ids = tokens()
-    offload = offload_activations(min_bytes=ANY)
-    use_checkpointing(net, "full", offload=offload)
-    gradients(net, ids)
+    net, ids, offload = after_a_step()
     found = offload.stats()
     nbytes = ids.numel() * 32 * 4
     # The first layer's input is a leaf, which its gradient's place keeps alive anyway.
@@ -165,11 +169,7 @@ def test_device_memory_is_handed_back():
 
 
 def test_a_graph_without_a_backward_pass_leaves_nothing():
-    net = llama()
-    ids = tokens()
-    offload = offload_activations(min_bytes=ANY)
-    use_checkpointing(net, "full", offload=offload)
-    gradients(net, ids)
+    net, ids, offload = after_a_step()
     net.zero_grad()
     gc.collect()
     before, buffers = torch.cuda.memory_allocated(), offload.stats().buffers

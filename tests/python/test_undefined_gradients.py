@@ -2,7 +2,7 @@
 
 import torch
 
-import qlora_native as qn
+from _lora_case import Case
 from qlora_native._grouped_lora import grouped_lora
 
 
@@ -27,11 +27,8 @@ def test_of_adapters_on_groups():
     torch.testing.assert_close(x.grad, torch.ones_like(x))
 
 
-def test_of_a_layer_with_an_adapter():
-    x = torch.randn(5, 64, requires_grad=True)
-    a, b = torch.randn(3, 64, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    weight = qn.quantize_4bit(torch.randn(4, 64))
-    y = qn.linear_4bit_lora(x, weight, a, b, scaling=1.0)
-    (Nothing.apply(y).sum() + x.sum()).backward()
-    assert a.grad is None and b.grad is None
-    torch.testing.assert_close(x.grad, torch.ones_like(x))
+def test_of_a_layer_with_an_adapter(device):
+    case = Case(device)
+    (Nothing.apply(case.run()).sum() + case.x.sum()).backward()
+    assert case.a.grad is None and case.b.grad is None and case.bias.grad is None
+    torch.testing.assert_close(case.x.grad, torch.ones_like(case.x))
