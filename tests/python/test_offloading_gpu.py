@@ -90,7 +90,7 @@ def test_gradients_are_the_same_bit_for_bit(kind):
 
 
 def test_of_layers_that_run_again_the_inputs_move_but_for_the_last():
-    net, ids, offload = after_a_step()
+    _, ids, offload = after_a_step()
     found = offload.stats()
     nbytes = ids.numel() * 32 * 4
     # The first layer's input is a leaf, which its gradient's place keeps alive anyway.
