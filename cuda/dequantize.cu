@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   __shared__ LookupTable table;
   __shared__ float map[kDoubleQuant ? 256 : 1];
   __shared__ alignas(128) T chunks[kWarps][kChunk];
+  allow_next_kernel();
   table.fill(p.codebook);
   if constexpr (kDoubleQuant) map[threadIdx.x] = kDynamicMapOnDevice.values[threadIdx.x];
   wait_for_previous_kernel();

@@ -106,4 +106,26 @@ __device__ __forceinline__ void store_by_warp(void* target, const void* source, 
 #endif
 }
 
+// Bulk copies: sm_90 and newer.
+
+/// Starts a copy of `bytes` (a multiple of 16) by the copy engine, which tells `barrier`. All addresses
+/// are 16-byte aligned.
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* source, int bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+/// Asks for all or most of `bytes` at `source` to be brought into the L2 cache: whole units of 16 of
+/// them. Also before `wait_for_previous_kernel`: what is written meanwhile is written there.
+__device__ __forceinline__ void prefetch_l2(const void* source, uint32_t bytes) {
+  const auto address = reinterpret_cast<uint64_t>(source);
+  const uint32_t length = (bytes + static_cast<uint32_t>(address % 16)) / 16 * 16;
+  if (length == 0) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address / 16 * 16), "r"(length));
+}
+
 }  // namespace qlora_native::cuda

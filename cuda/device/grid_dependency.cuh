@@ -17,6 +17,14 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+/// Lets the next kernel of the stream, if it overlaps this one, take a processor as soon as a thread
+/// block leaves it, not after the last one has. What that kernel does before its wait is then free.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Volatile and with a clobber of memory: they stay behind the wait.
 
 __device__ __forceinline__ float load_after_wait(const float* source) {

@@ -107,6 +107,7 @@ __device__ __forceinline__ int run_begin(int warp, int steps) { return warp * st
 template <class T, bool kDoubleQuant>
 __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
   extern __shared__ __align__(256) char shared[];
+  allow_next_kernel();
   const auto& plan = p.plan;
   const auto gap = [&](int index) { return shared + index * PairTable::kStride + kGapBytes; };
   auto* const map = reinterpret_cast<float*>(shared + kMapAt);
@@ -126,13 +127,11 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
   const int unit_end = min(unit_begin + k_steps * kStepUnits, p.units);
   const int unit_shift = p.scales.block_shift - 6;
 
+  PairTable::fill<T>(shared, p.table.values, thread, kThreads);
+  if (kDoubleQuant && thread < 256) map[thread] = kDynamicMapOnDevice.values[thread];
   wait_for_previous_kernel();
   float offset = 0.0f;
-  float map_value = 0.0f;
-  if constexpr (kDoubleQuant) {
-    if (thread < 256) map_value = kDynamicMapOnDevice.values[thread];
-    offset = load_after_wait(p.scales.offset);
-  }
+  if constexpr (kDoubleQuant) offset = load_after_wait(p.scales.offset);
   // x, and zeros past its end.
   const int x_pieces = k_steps * kStepUnits * (kUnit / 8);
   const int x_existing = max(unit_end - unit_begin, 0) * (kUnit / 8);
@@ -203,8 +202,6 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
     for (int i = 0; i < kStages - 1; ++i) fetch_codes(i);
   };
   start_pass();
-  PairTable::fill<T>(shared, p.table.values, thread, kThreads);
-  if (kDoubleQuant && thread < 256) map[thread] = map_value;
   copy_async_wait<kStages - 1>();  // of x
   __syncthreads();
 

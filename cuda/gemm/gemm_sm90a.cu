@@ -53,6 +53,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     gemm_sm90a_kernel(const __grid_constant__ Params<typename C::Elem> p) {
   extern __shared__ char dynamic_shared[];
+  allow_next_kernel();
   const uint32_t window = shared_address(dynamic_shared);
   const Shared<C> shared{(window + kAlignment - 1) / kAlignment * kAlignment, kTableAt};
   // What lies before the table would reach into it.

@@ -52,6 +52,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     gemm_transposed_sm90a_kernel(const __grid_constant__ GemmParams<typename C::Elem> p) {
   extern __shared__ char dynamic_shared[];
+  allow_next_kernel();
   const Shared<C> shared{(shared_address(dynamic_shared) + kAlignment - 1) / kAlignment *
                          kAlignment};
   const auto& plan = p.plan;

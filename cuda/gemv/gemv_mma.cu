@@ -16,10 +16,13 @@
 //   A thread block: 16 warps = row_groups x k_warps, over a contiguous range of quads; one thread
 //   block per SM. Shares of K beyond the 16 warps are taken in rounds.
 //
-// Codes come through a ring of bulk copies per warp, two steps ahead. What is small (scales, x, the
-// bias) is asked for before: memory answers in order, and behind 64 KB of codes it would wait for
-// half of the kernel's time. Values are looked up by pairs (PairTable). An unscaled dot product of
-// a unit cannot overflow for |x| < 4e35.
+// Codes come through a ring per warp, two steps ahead. The same ring brings x before, once for the whole
+// block: 132 processors that ask for the same lines four times wait longer for the L2 cache than for
+// the codes. Values are looked up by pairs (PairTable). An unscaled dot product of a unit cannot
+// overflow for |x| < 4e35.
+//
+// What does not depend on the kernel before is done while that one ends: barriers and table; scales and
+// the first codes are on their way to the L2 cache.
 //
 // Sums: a step's lanes write lines to shared memory, every few steps the warp sums the 16 lanes of
 // a row, the block sums the k_warps at the end. All in fixed order: the same arguments give the same
@@ -37,6 +40,7 @@
 #include <type_traits>
 
 #include "device/architecture.cuh"
+#include "device/async_copy.cuh"
 #include "device/decode.cuh"
 #include "device/grid_dependency.cuh"
 #include "device/mma.cuh"
@@ -64,17 +68,21 @@ constexpr int kQuad = kGemvMmaQuad;
 constexpr int kSpan = 4;  // units of a run
 constexpr int kRuns = kGemvMmaRuns;
 constexpr int kShareUnits = kRuns * kSpan;  // of a warp
-constexpr int kStages = 3;
 constexpr int kLines = 16;  // of a warp: the lanes' sums for a row of W and one of X
-using CodeRing = WarpRing<kStages, kQuad, kShareUnits * kUnit / 2>;
+constexpr int kStages = 3;
+// The codes of a step, or the warp's share of a row of X.
+constexpr int kStageBytes = kQuad * kShareUnits * kUnit / 2;
+static_assert(kStageBytes == kShareUnits * kUnit * 2);
+using Ring = WarpRing<kStages, kStageBytes>;
 
 // Shared memory: the map, the barriers, the partial sums; the table, aligned in the window, with
 // the lines in its gaps; the rings.
 constexpr uint32_t kWindow = 65536;
 constexpr uint32_t kBarriersAt = 1024;
-constexpr uint32_t kPartialsAt = kBarriersAt + kWarps * CodeRing::kBarriersBytes;
+constexpr uint32_t kPartialsAt = kBarriersAt + kWarps * Ring::kBarriersBytes;
+constexpr uint32_t kMaxPrefetchBytes = kWarps * kStageBytes / kQuad;  // of a row of W
 static_assert(kPartialsAt + kGemvMmaPartialBytes <= kWindow - 1024, "1 KB is the system's");
-constexpr uint32_t kSharedBytes = kWindow + PairTable::kBytes + kWarps * CodeRing::kBytes;
+constexpr uint32_t kSharedBytes = kWindow + PairTable::kBytes + kWarps * Ring::kBytes;
 
 template <class T>
 struct GemvMmaParams {
@@ -102,10 +110,11 @@ extern __shared__ __align__(256) char shared[];
 template <class T, int kM, bool kDoubleQuant>
 __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
   constexpr int kLineSteps = kLines / (2 * kM);
+  allow_next_kernel();
   const uint32_t shared_base = shared_address(shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpSize;
-  const int warp = thread / kWarpSize;
+  const int warp = uniform(thread / kWarpSize);
   const int g = lane / 4;
   const int t = lane % 4;
   const int r = g / 4;
@@ -116,8 +125,11 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
   const uint32_t table_at = kWindow - shared_base % kWindow;
   if (table_at < kPartialsAt + kGemvMmaPartialBytes) __trap();  // the system's part has grown
   const PairTable table(shared_base + table_at, lane);
-  CodeRing ring(shared_base + table_at + PairTable::kBytes + warp * CodeRing::kBytes,
-                shared_base + kBarriersAt + warp * CodeRing::kBarriersBytes, lane);
+  const auto ring_of = [&](int owner) {
+    return Ring(shared_base + table_at + PairTable::kBytes + owner * Ring::kBytes,
+                shared_base + kBarriersAt + owner * Ring::kBarriersBytes);
+  };
+  Ring ring = ring_of(warp);
 
   const int block = static_cast<int>(blockIdx.x);
   const int quad_begin = block * p.quads_per_block + min(block, p.blocks_with_more);
@@ -126,12 +138,34 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
   const uint32_t row_bytes = static_cast<uint32_t>(p.units) * 32;
   const int unit_shift = p.scales.block_shift - 6;
 
+  ring.init();
+  if (k_warp == 0 && first_quad < quad_end && elect_lane()) {
+    prefetch_l2(p.packed + static_cast<uint64_t>(first_quad) * kQuad * row_bytes,
+                min(kQuad, p.n - first_quad * kQuad) * min(row_bytes, kMaxPrefetchBytes));
+  }
+  if (warp == kWarps - 1 && elect_lane()) {
+    const auto first = static_cast<uint32_t>(quad_begin * kQuad) * p.units >> unit_shift;
+    const auto last = static_cast<uint32_t>(min(quad_end * kQuad, p.n)) * p.units >> unit_shift;
+    if constexpr (kDoubleQuant) {
+      prefetch_l2(p.scales.codes + first, last - first);
+      prefetch_l2(p.scales.absmax2 + (first >> 8), ((last - first) >> 8) * 4);
+    } else {
+      prefetch_l2(p.scales.values + first, (last - first) * 4);
+    }
+  }
+  PairTable::fill<T>(shared + table_at, p.table.values, thread, kThreads);
+  if (kDoubleQuant && thread < 256) {
+    reinterpret_cast<float*>(shared)[thread] = kDynamicMapOnDevice.values[thread];
+  }
+  __syncthreads();
   wait_for_previous_kernel();
+
+  float offset = 0.0f;
+  if constexpr (kDoubleQuant) offset = load_after_wait(p.scales.offset);
   int unit0 = 0;
   int fill_quad = 0;
   int scale_quad = 0;
   uint32_t scale_unit = 0;
-  const uint8_t* warp_codes = nullptr;
   RawScale raw[2][2] = {};  // of this step and of the next one
   const auto fetch_scales = [&](RawScale(&into)[2]) {
     if (scale_quad >= quad_end) return;
@@ -148,40 +182,59 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
     }
     scale_quad += p.row_groups;
   };
-  const auto start = [&](int unit_begin) {
-    unit0 = unit_begin;
+  const auto fill = [&] {
+    if (fill_quad < quad_end) {
+      const int bytes = min(kShareUnits, p.units - unit0) * 32;
+      const uint8_t* const codes = p.packed + unit0 * 32;
+      ring.fill(bytes * kQuad, [&](uint32_t stage, uint32_t barrier) {
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) {
+          const auto row = static_cast<uint32_t>(min(fill_quad * kQuad + i, p.n - 1));
+          copy_bulk(stage + i * kShareUnits * 32, codes + static_cast<uint64_t>(row) * row_bytes,
+                    bytes, barrier);
+        }
+      });
+      fill_quad += p.row_groups;
+    }
+  };
+  // The warp's part of K: x, for all row groups, and the codes of two steps. Of what the memory is asked
+  // for, what is needed first is first.
+  const auto begin_round = [&](int round) {
+    unit0 = (round * p.k_warps + k_warp) * kShareUnits;
     fill_quad = scale_quad = unit0 < p.units ? first_quad : quad_end;
     scale_unit = static_cast<uint32_t>(min(unit0 + my_run * kSpan + s, p.units - 1));
-    warp_codes = p.packed + unit0 * 32;
     fetch_scales(raw[0]);
+    if (row_group == 0 && unit0 < p.units) {
+      const int bytes = min(kShareUnits, p.units - unit0) * 128;
+#pragma unroll
+      for (int token = 0; token < kM; ++token) {
+        ring.fill(bytes, [&](uint32_t stage, uint32_t barrier) {
+          copy_bulk(stage, p.x + token * p.x_stride + unit0 * kUnit, bytes, barrier);
+        });
+      }
+    }
+    fill();
     fetch_scales(raw[1]);
+    // A second row of X has taken the place of the second step's codes.
+    if (kM == 1 || row_group != 0) fill();
   };
-  // What is small is asked for first: behind the codes it would wait until they have arrived.
-  float offset = 0.0f;
-  float map_value = 0.0f;
-  if constexpr (kDoubleQuant) {
-    if (thread < 256) map_value = kDynamicMapOnDevice.values[thread];
-    offset = load_after_wait(p.scales.offset);
-  }
-  start(k_warp * kShareUnits);
+  begin_round(0);
 
   uint4 x[kRuns][2];  // of the lane's column, 16 elements of a run
-  const auto load_x = [&] {
-    const int token = g % 2;
+  const auto load_x = [&](int token, uint32_t stage) {
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      const int unit = unit0 + run * kSpan + (g / 2 ^ run);
-      const T* const source = p.x + token * p.x_stride + unit * kUnit + t * 16;
+      const int unit = run * kSpan + (g / 2 ^ run);
+      const uint32_t from = stage + unit * 128 + t * 32;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        x[run][half] = make_uint4(0, 0, 0, 0);
-        if (unit < p.units && token < kM) {
-          x[run][half] = load_after_wait(reinterpret_cast<const uint4*>(source) + half);
-        }
+        if (token == 0) x[run][half] = make_uint4(0, 0, 0, 0);
+        load_shared_if(x[run][half], from + half * 16, token == g % 2 && unit0 + unit < p.units);
       }
     }
   };
-  load_x();
+#pragma unroll
+  for (int token = 0; token < kM; ++token) load_x(token, ring_of(k_warp).peek(token));
   const int rows = (quad_end - quad_begin) * kQuad;
   // The bias of the thread's first result.
   T bias = from_float<T>(0.0f);
@@ -189,20 +242,12 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
     const int col = quad_begin * kQuad + (kM == 1 ? thread : thread % rows);
     if (col < p.n) bias = p.bias[col];
   }
-  const auto fill = [&] {
-    if (fill_quad < quad_end) {
-      ring.fill(min(kShareUnits, p.units - unit0) * 32, [&](int row) {
-        const auto r = static_cast<uint32_t>(min(fill_quad * kQuad + row, p.n - 1));
-        return warp_codes + static_cast<uint64_t>(r) * row_bytes;
-      });
-      fill_quad += p.row_groups;
-    }
-  };
+  __syncthreads();  // all row groups have read x
+  if (row_group == 0) {
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) fill();
-  PairTable::fill<T>(shared + table_at, p.table.values, thread, kThreads);
-  if (kDoubleQuant && thread < 256) reinterpret_cast<float*>(shared)[thread] = map_value;
-  __syncthreads();
+    for (int token = 0; token < kM; ++token) ring.acquire();
+    if (kM == 2) fill();
+  }
 
   const uint32_t lines = shared_base + table_at + warp * kLines * PairTable::kStride + 128;
   // partials[k_warp][token][row of the block]
@@ -229,16 +274,17 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
   };
 
   for (int round = 0; round < p.rounds; ++round) {
-    if (round > 0) {
-      start((round * p.k_warps + k_warp) * kShareUnits);
-      load_x();
+    if (round > 0) {  // of a single row group
+      begin_round(round);
+      if (first_quad >= quad_end || unit0 >= p.units) break;
 #pragma unroll
-      for (int i = 0; i < kStages - 1; ++i) fill();
+      for (int token = 0; token < kM; ++token) load_x(token, ring.acquire());
+      __syncwarp();
+      if (kM == 2) fill();
     }
     int quad = first_quad;
     int lines_quad = quad;
     int line = 0;
-    if (unit0 >= p.units) continue;
     for (; quad < quad_end;) {
       float scale[2];
 #pragma unroll
