@@ -137,11 +137,10 @@ def _draw_bandwidth(
     axes[0].set_ylabel(unit, fontsize=8)
     axes[-1].annotate(
         f"copy: {ceiling:.3g} {unit}",
-        (1, ceiling),
+        (0.02, ceiling),  # small weights come first, and do not reach it
         xycoords=("axes fraction", "data"),
         xytext=(0, 3),
         textcoords="offset points",
-        ha="right",
         fontsize=8,
         color="#cf222e",
     )

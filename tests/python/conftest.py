@@ -1,4 +1,4 @@
-"""Options, devices and reproducibility for every test."""
+"""Devices and reproducibility for every test."""
 
 import os
 
@@ -8,17 +8,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
-
-import qlora_native as qn
-
-
-def pytest_collection_modifyitems(items):
-    no_gpu = qn.cuda_unavailable_reason() or (
-        "" if torch.cuda.is_available() else "torch sees no CUDA device"
-    )
-    for item in items:
-        if "gpu" in item.keywords and no_gpu:
-            item.add_marker(pytest.mark.skip(reason=no_gpu))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
