@@ -9,8 +9,10 @@ CUDA_ARCHITECTURES ?=
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
-cmake_defines := -Ccmake.define.QLORA_NATIVE_CUDA=$(CUDA) \
-  $(if $(CUDA_ARCHITECTURES),-Ccmake.define.QLORA_NATIVE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)")
+# The long name of -C, which the pip of a fresh virtual environment of Python 3.10 does not know.
+define_ := --config-settings=cmake.define
+cmake_defines := $(define_).QLORA_NATIVE_CUDA=$(CUDA) \
+  $(if $(CUDA_ARCHITECTURES),$(define_).QLORA_NATIVE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)")
 
 .PHONY: help bootstrap build test test-matrix lint format sanitize tsan demo bench gpu docs wheel clean
 
@@ -31,8 +33,8 @@ bootstrap:
 
 # One tree for the extension, the library, the C++ tests and the benchmarks: nothing is compiled twice.
 build: bootstrap
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e . -Cbuild-dir=build/python \
-	  -Ccmake.define.QLORA_NATIVE_BUILD_TESTS=ON -Ccmake.define.QLORA_NATIVE_BUILD_BENCHMARKS=ON \
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e . --config-settings=build-dir=build/python \
+	  $(define_).QLORA_NATIVE_BUILD_TESTS=ON $(define_).QLORA_NATIVE_BUILD_BENCHMARKS=ON \
 	  $(cmake_defines)
 
 test: build

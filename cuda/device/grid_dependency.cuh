@@ -8,7 +8,7 @@ namespace qlora_native::cuda {
 
 /// Waits until the kernels before this one in the stream are complete and what they wrote is seen.
 /// A kernel launched with `LaunchShape::overlaps_previous` calls it before its first access to
-/// memory that is not constant, and reads that by copies (cp.async, bulk) or by what follows:
+/// memory that is not constant (other than `prefetch_l2`), and reads that by copies (cp.async, bulk) or by what follows:
 /// __ldg and ld.global.nc are for what nobody writes while the kernel runs, and the compiler moves
 /// them up across the wait.
 __device__ __forceinline__ void wait_for_previous_kernel() {
@@ -19,6 +19,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 
 /// Lets the next kernel of the stream, if it overlaps this one, take a processor as soon as a thread
 /// block leaves it, not after the last one has. What that kernel does before its wait is then free.
+/// The kernel that calls it waits, too, and so does every kernel that overlaps: by its wait the next
+/// one waits for all that this one has waited for. Before that it may run beside kernels further back.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

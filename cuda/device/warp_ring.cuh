@@ -25,7 +25,7 @@ __device__ __forceinline__ bool elect_lane() {
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
 
 /// A ring of `kStages` stages of kStageBytes bytes, owned by one warp, all of whose lanes call every
-/// function with uniform arguments. Stages are filled and used in turn. Before a stage is filled
+/// function with uniform arguments; others may `peek`. Stages are filled and used in turn. Before a stage is filled
 /// again all lanes must have read it (`__syncwarp`).
 template <int kStages, int kStageBytes>
 class WarpRing {
@@ -69,8 +69,9 @@ class WarpRing {
     return acquired;
   }
 
-  /// Waits for what is filled first into stage `slot`, and returns its address: for other warps, after
-  /// a barrier that follows `init`.
+  /// Waits for what is filled first into stage `slot`, and returns its address: for any warp, after a
+  /// barrier of the block that follows `init`. The owner fills the stage again only after another
+  /// one; it acquires the stage as well.
   __device__ __forceinline__ uint32_t peek(int slot) const {
     wait_barrier(barrier(slot), 0);
     return stage(slot);

@@ -43,8 +43,8 @@ struct LaunchShape {
   int block;
   size_t dynamic_shared_bytes = 0;
   int cluster = 1;  ///< thread blocks that share their memory; more than 1 needs sm_90
-  /// The kernel may start while the previous one of the stream ends: it calls
-  /// wait_for_previous_kernel() itself. Only where is_compiled_for_hopper(): elsewhere that is
+  /// The kernel may start while the previous one of the stream ends, or all that this one waits for
+  /// (`allow_next_kernel`): it calls wait_for_previous_kernel() itself, in any case. Only where is_compiled_for_hopper(): elsewhere that is
   /// empty.
   bool overlaps_previous = false;
 };

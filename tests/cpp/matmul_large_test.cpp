@@ -78,6 +78,22 @@ TEST(LargeMatmul, IsAccurateInEveryTileOfEveryKernel) {
   }
 }
 
+/// How gemv_mma cuts them: several steps of two groups of rows and of six warps each, four more being idle; two
+/// rounds of nine warps, the last of them not full. Rows that are no multiple of four.
+TEST(LargeMatmul, IsAccurateInEveryStepAndRoundOfOneAndTwoRows) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  uint32_t seed = 80;
+  for (const auto& [rows, cols] : {std::array<int64_t, 2>{4099, 5184}, {1103, 17472}}) {
+    for (const int64_t m : {1, 2}) {
+      for (const bool double_quant : {false, true}) {
+        Product p{{rows, cols, 64, kNF4, double_quant}, m, DType::kBFloat16, false};
+        p.has_bias = true;
+        expect_samples_accurate(p, ++seed);
+      }
+    }
+  }
+}
+
 TEST(LargeMatmul, RepeatsItsBitsWhateverIsInTheWorkspace) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";
   const Device device = Device::cuda(0);

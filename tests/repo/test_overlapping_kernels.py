@@ -10,6 +10,7 @@ import pytest
 from _sources import read_texts
 
 _WAITS = re.compile(r"\bwait_for_previous_kernel\(\);")
+_LETS_THE_NEXT_START = re.compile(r"\ballow_next_kernel\(\);")
 _EARLY = re.compile(
     r"\b__ldg\(|\bload_streaming\(|\bload8<|ld\.global\.nc|\bScaleReader<kDoubleQuant>"
 )
@@ -26,9 +27,18 @@ def early_loads(texts: Mapping[str, str]) -> list[str]:
 
 
 def test_overlapping_kernels_load_behind_the_wait():
-    texts = read_texts((".cu",))
-    assert sum(1 for text in texts.values() if _WAITS.search(text)) >= 3
+    texts = read_texts((".cu", ".cuh"))
+    waiting = {name for name, text in texts.items() if _WAITS.search(text)}
+    assert {"cuda/dequantize.cu", "cuda/gemm/gemm_mma.cu", "cuda/gemv/gemv_mma.cuh"} <= waiting
     assert early_loads(texts) == []
+
+
+def test_kernels_that_let_the_next_one_start_wait_themselves():
+    """The next one's wait is for this one only, and for what this one has waited for."""
+    texts = read_texts((".cu", ".cuh"))
+    allowing = {name for name, text in texts.items() if _LETS_THE_NEXT_START.search(text)}
+    assert len(allowing) >= 3
+    assert [name for name in sorted(allowing) if not _WAITS.search(texts[name])] == []
 
 
 @pytest.mark.parametrize(
