@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from qlora_native.nn import Linear4bit
+from qlora_native.nn.adapted import computing_device
 from qlora_native.nn.lora import dense_linear
 from qlora_native.nn.targets import replace_module
 
@@ -89,6 +90,15 @@ class Over4bit:
 
     _unmerged: dict[str, Tensor | None] | None = None
     """State of the base layer from before the merge; costs its size again while merged."""
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # To where PEFT finds the weight, which is a placeholder where the layer is offloaded.
+        base = self.get_base_layer()
+        if device is None and isinstance(base, Linear4bit):
+            device = computing_device(base)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:

@@ -8,7 +8,8 @@ the 4-bit one, and its forward decodes anew unless the method is known to leave 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_native.hf.peft_dense import Over4bit, dense_base, dense_stand_in, write_back
 from qlora_native.nn import Embedding4bit, Experts4bit, Linear4bit
+from qlora_native.nn.adapted import computing_device
 
 # The tests compare each of these with itself over the decoded weights. The forward of the first is
 # base_layer(x) and something beside it, whatever its options.
@@ -126,6 +128,23 @@ def refuse_untried(model: nn.Module, config: Any) -> None:
             )
 
 
+@contextmanager
+def _seen_where_it_computes(layer: Linear4bit) -> Iterator[None]:
+    """PEFT moves a new layer to the device of its base's `qweight`, else of its weight.
+
+    Of a base that is offloaded that is a placeholder, to which the adapter would be lost.
+    """
+    device = computing_device(layer)
+    if device == layer.weight.device:
+        yield
+        return
+    layer.qweight = torch.empty(0, dtype=layer.weight.dtype, device=device)
+    try:
+        yield
+    finally:
+        del layer.qweight
+
+
 def create_and_replace_over_4bit(
     create_and_replace: Callable[..., None],
     config: Any,
@@ -146,7 +165,8 @@ def create_and_replace_over_4bit(
         create_and_replace(config, adapter_name, target, target_name, parent, *args, **kwargs)
 
     if isinstance(target, BaseTunerLayer) and isinstance(target.get_base_layer(), Linear4bit):
-        run(target)
+        with _seen_where_it_computes(target.get_base_layer()):
+            run(target)
         if getattr(parent, target_name) is not target:
             setattr(parent, target_name, target)
             raise NotImplementedError(
@@ -158,8 +178,12 @@ def create_and_replace_over_4bit(
         raise NotImplementedError(
             f"{config.peft_type} on an Embedding4bit ({target_name!r}) is not implemented"
         )
-    if not isinstance(target, Linear4bit) or config.peft_type == PeftType.LORA:
+    if not isinstance(target, Linear4bit):
         run(target)
+        return
+    if config.peft_type == PeftType.LORA:
+        with _seen_where_it_computes(target):
+            run(target)
         return
     dense = dense_stand_in(target, target.weight_dtype)
     try:

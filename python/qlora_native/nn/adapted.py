@@ -134,6 +134,23 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
+def computing_device(layer: nn.Module) -> torch.device:
+    """Where `layer` computes: with its weight, or where accelerate brings that for a call.
+
+    Of a layer that is offloaded to host memory or to the disk only placeholders are left, without
+    data; its adapters train, and have to be where its output is.
+    """
+    device = layer.weight.device
+    if device.type != "meta":
+        return device
+    hook = getattr(layer, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):  # accelerate's SequentialHook has several
+        brings_to = getattr(one, "execution_device", None)
+        if brings_to is not None:
+            return torch.device(brings_to)
+    return device
+
+
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module is its class's forward, which nobody watches or changes."""
     return not (

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.nn.adapted import LowRank, adapted_linear, children, parameter
+from qlora_native.nn.adapted import (
+    LowRank,
+    adapted_linear,
+    children,
+    computing_device,
+    parameter,
+)
 from qlora_native.nn.linear import Linear4bit
 
 # Under this key a state dict's metadata says which adapters its base weight contains.
@@ -128,7 +134,7 @@ class LoraLinear(nn.Module):
         """
         dtype = dtype or torch.float32
         check_adapter(name, dtype, self.settings)
-        place = {"device": self.base_layer.weight.device, "dtype": dtype}
+        place = {"device": computing_device(self.base_layer), "dtype": dtype}
         lora_a = nn.Linear(self.in_features, settings.r, bias=False, **place)
         lora_b = nn.Linear(settings.r, self.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))
@@ -190,7 +196,7 @@ class LoraLinear(nn.Module):
     def delta_weight(self, names: str | Sequence[str]) -> Tensor:
         """The fp32 sum over the adapters of scaling * B A: [out_features, in_features]."""
         names = (names,) if isinstance(names, str) else names
-        device = self.base_layer.weight.device
+        device = computing_device(self.base_layer)
         delta = torch.zeros(self.out_features, self.in_features, device=device)
         for name in names:
             self._require(name)
