@@ -113,6 +113,17 @@ def test_a_split_model_trains_as_a_whole_one(
             assert parameter.device == torch.device(place)
 
 
+def test_an_adapter_without_data_is_refused():
+    layer = qn.nn.LoraLinear(qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 8)))
+    layer.add_adapter("default", qn.nn.LoraSettings(r=4))
+    layer.set_adapter("default")
+    layer.lora_A.to("meta")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="A is on meta, the activations on cpu"):
+            layer(torch.randn(2, 64))
+        layer.base_layer.register_forward_hook(lambda *_: None)  # what torch composes
+
+
 @pytest.mark.gpu
 @two_gpus
 def test_auto_splits_over_two_gpus_and_trains(folder):

@@ -48,6 +48,8 @@ def adapted_linear(base_layer: nn.Linear, x: Tensor, adapters: Sequence[LowRank]
         return y if compute_dtype is None else y.to(x.dtype)
     y = base_layer(x)
     for a, b, scaling, dropout in adapters:
+        if a.is_meta and not inner.is_meta:  # torch multiplies by nothing without an error
+            raise ValueError(f"A is on {a.device}, the activations on {inner.device}")
         dropped = inner if type(dropout) is nn.Identity else dropout(inner)
         # fp32 masters must not pull the products into fp32.
         update = F.linear(F.linear(dropped, a.to(inner.dtype)), b.to(inner.dtype))
