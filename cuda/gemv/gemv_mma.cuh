@@ -65,13 +65,14 @@ constexpr int kStages = 3;
 constexpr int kStageBytes = kQuad * kShareUnits * kUnit / 2;
 static_assert(kStageBytes == kShareUnits * kUnit * 2);
 using Ring = WarpRing<kStages, kStageBytes>;
+// Of a row of W; four rows lie in one run. Exact where a row is no longer, which is one round.
+constexpr uint32_t kMaxPrefetchBytes = kWarps * kStageBytes / kQuad;
 
 // Shared memory: the map, the barriers, the partial sums; the table, aligned in the window, with
 // the lines in its gaps; the rings.
 constexpr uint32_t kWindow = 65536;
 constexpr uint32_t kBarriersAt = 1024;
 constexpr uint32_t kPartialsAt = kBarriersAt + kWarps * Ring::kBarriersBytes;
-constexpr uint32_t kMaxPrefetchBytes = kWarps * kStageBytes / kQuad;  // of a row of W
 static_assert(kPartialsAt + kGemvMmaPartialBytes <= kWindow - 1024, "1 KB is the system's");
 constexpr uint32_t kSharedBytes = kWindow + PairTable::kBytes + kWarps * Ring::kBytes;
 
