@@ -6,23 +6,9 @@
 #include <cstdint>
 
 #include "device/mbarrier.cuh"
-#include "device/warp_reduce.cuh"
+#include "device/warp_uniform.cuh"
 
 namespace qlora_native::cuda {
-
-/// True in one lane of the warp, all of whose lanes call it.
-__device__ __forceinline__ bool elect_lane() {
-  uint32_t is_elected;
-  asm volatile(
-      "{.reg .pred p;\n"
-      "elect.sync _|p, 0xffffffff;\n"
-      "selp.u32 %0, 1, 0, p;}"
-      : "=r"(is_elected));
-  return is_elected != 0;
-}
-
-/// A value that is the same in all lanes, and that the compiler then knows to be.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
 
 /// A ring of `kStages` stages of kStageBytes bytes, owned by one warp, all of whose lanes call every
 /// function with uniform arguments; others may `peek`. Stages are filled and used in turn. Before a stage is filled

@@ -28,6 +28,7 @@
 #include <type_traits>
 
 #include "device/grid_dependency.cuh"
+#include "device/warp_uniform.cuh"
 #include "device/warpgroup.cuh"
 #include "gemm/sm90a/forward/copies.cuh"
 #include "gemm/sm90a/forward/fixed_point.cuh"
@@ -59,8 +60,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // What lies before the table would reach into it.
   if (shared.base > kAlignment) __trap();
   const int thread = static_cast<int>(threadIdx.x);
-  // Through a shuffle, so that the compiler sees that it is the same for a whole warp.
-  const int warp = __shfl_sync(0xffffffff, thread / kWarpSize, 0);
+  const int warp = uniform(thread / kWarpSize);
   const int block = static_cast<int>(blockIdx.x);
   if (thread == 0) {
     prefetch_map(p.activations);

@@ -28,6 +28,7 @@
 
 #include "device/cluster.cuh"
 #include "device/grid_dependency.cuh"
+#include "device/warp_uniform.cuh"
 #include "device/warpgroup.cuh"
 #include "gemm/heuristics.h"
 #include "gemm/sm90a/operands.h"
@@ -57,8 +58,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                          kAlignment};
   const auto& plan = p.plan;
   const int thread = static_cast<int>(threadIdx.x);
-  // Through a shuffle, so that the compiler sees that it is the same for a whole warp.
-  const int warpgroup = __shfl_sync(0xffffffff, thread / kWarpgroup, 0);
+  const int warpgroup = uniform(thread / kWarpgroup);
   const int thread_of_group = thread % kWarpgroup;
   const int rank = static_cast<int>(blockIdx.x) % plan.cluster;
   const int cluster = static_cast<int>(blockIdx.x) / plan.cluster;

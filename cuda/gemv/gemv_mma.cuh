@@ -47,6 +47,7 @@
 #include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
 #include "device/warp_ring.cuh"
+#include "device/warp_uniform.cuh"
 #include "gemv/heuristics.h"
 #include "host/table_values.h"
 
