@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
@@ -111,6 +111,44 @@ def test_a_split_model_trains_as_a_whole_one(
             if not isinstance(place, int):  # it is brought to where the first one is
                 place = device_map["model.embed_tokens"]
             assert parameter.device == torch.device(place)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
+    ],
+    ids=["ia3", "pissa"],
+)
+def test_what_reads_an_offloaded_weight_is_refused(folder, tmp_path, config):
+    split = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=SPLITS["disk"], offload_folder=tmp_path
+    )
+    with pytest.raises(NotImplementedError, match="32 to 32 features, which is offloaded"):
+        get_peft_model(split, config)
+
+
+def test_adapters_merge_into_offloaded_layers_and_back(folder, tmp_path):
+    maps = ({"": "cpu"}, SPLITS["disk"])
+    whole, split = (
+        AutoModelForCausalLM.from_pretrained(folder, device_map=m, offload_folder=tmp_path)
+        for m in maps
+    )
+    ids = torch.arange(24)[None]
+    logits = []
+    for model in (whole, split):
+        _, _, model = train(model, add_peft)
+        model.eval()
+        with torch.no_grad():
+            found = [model(input_ids=ids).logits]
+            for change in (model.merge_adapter, model.unmerge_adapter):
+                change()
+                found.append(model(input_ids=ids).logits)
+        assert not torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+        logits.append(found)
+    for of_split, of_whole in zip(*logits, strict=True):
+        torch.testing.assert_close(of_split, of_whole)
 
 
 def test_an_adapter_without_data_is_refused():

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from qlora_native.nn import Linear4bit
-from qlora_native.nn.adapted import computing_device
+from qlora_native.nn.adapted import computing_device, is_offloaded
 from qlora_native.nn.lora import dense_linear
 from qlora_native.nn.targets import replace_module
 
@@ -27,7 +27,15 @@ def dense_stand_in(
     """An nn.Linear with the decoded weight of `layer` and its very bias; exactly that class.
 
     With `for_forward` the bias is cast to `dtype` as Linear4bit casts it, and gradients flow to it.
+
+    Raises:
+        NotImplementedError: the layer is offloaded, and has no weight between its calls.
     """
+    if is_offloaded(layer):
+        raise NotImplementedError(
+            f"this reads the weight of a {type(layer).__name__} of {layer.in_features} to "
+            f"{layer.out_features} features, which is offloaded: load the model without that"
+        )
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     bias = layer.bias
     if for_forward and bias is not None and bias.dtype != dtype:

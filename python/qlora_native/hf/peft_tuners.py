@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_native.hf.peft_dense import Over4bit, dense_base, dense_stand_in, write_back
 from qlora_native.nn import Embedding4bit, Experts4bit, Linear4bit
-from qlora_native.nn.adapted import computing_device
+from qlora_native.nn.adapted import computing_device, is_offloaded
 
 # The tests compare each of these with itself over the decoded weights. The forward of the first is
 # base_layer(x) and something beside it, whatever its options.
@@ -129,15 +129,15 @@ def refuse_untried(model: nn.Module, config: Any) -> None:
 
 
 @contextmanager
-def _seen_where_it_computes(layer: Linear4bit) -> Iterator[None]:
+def _seen_where_it_computes(layer: nn.Module) -> Iterator[None]:
     """PEFT moves a new layer to the device of its base's `qweight`, else of its weight.
 
     Of a base that is offloaded that is a placeholder, to which the adapter would be lost.
     """
-    device = computing_device(layer)
-    if device == layer.weight.device:
+    if not is_offloaded(layer):
         yield
         return
+    device = computing_device(layer)
     layer.qweight = torch.empty(0, dtype=layer.weight.dtype, device=device)
     try:
         yield
@@ -162,11 +162,12 @@ def create_and_replace_over_4bit(
     """
 
     def run(target: nn.Module) -> None:
-        create_and_replace(config, adapter_name, target, target_name, parent, *args, **kwargs)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        with _seen_where_it_computes(base):
+            create_and_replace(config, adapter_name, target, target_name, parent, *args, **kwargs)
 
     if isinstance(target, BaseTunerLayer) and isinstance(target.get_base_layer(), Linear4bit):
-        with _seen_where_it_computes(target.get_base_layer()):
-            run(target)
+        run(target)
         if getattr(parent, target_name) is not target:
             setattr(parent, target_name, target)
             raise NotImplementedError(
@@ -178,12 +179,8 @@ def create_and_replace_over_4bit(
         raise NotImplementedError(
             f"{config.peft_type} on an Embedding4bit ({target_name!r}) is not implemented"
         )
-    if not isinstance(target, Linear4bit):
+    if not isinstance(target, Linear4bit) or config.peft_type == PeftType.LORA:
         run(target)
-        return
-    if config.peft_type == PeftType.LORA:
-        with _seen_where_it_computes(target):
-            run(target)
         return
     dense = dense_stand_in(target, target.weight_dtype)
     try:

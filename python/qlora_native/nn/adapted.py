@@ -153,6 +153,11 @@ def computing_device(layer: nn.Module) -> torch.device:
     return device
 
 
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether `layer` is a Linear4bit that has its weight during its calls alone."""
+    return isinstance(layer, Linear4bit) and computing_device(layer) != layer.weight.device
+
+
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module is its class's forward, which nobody watches or changes."""
     return not (
