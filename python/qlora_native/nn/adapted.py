@@ -142,7 +142,7 @@ def computing_device(layer: nn.Module) -> torch.device:
     Of a layer that is offloaded to host memory or to the disk only placeholders are left, without
     data; its adapters train, and have to be where its output is.
     """
-    device = layer.weight.device
+    device = parameter(layer, "weight").device
     if device.type != "meta":
         return device
     hook = getattr(layer, "_hf_hook", None)
@@ -155,7 +155,10 @@ def computing_device(layer: nn.Module) -> torch.device:
 
 def is_offloaded(layer: nn.Module) -> bool:
     """Whether `layer` is a Linear4bit that has its weight during its calls alone."""
-    return isinstance(layer, Linear4bit) and computing_device(layer) != layer.weight.device
+    return (
+        isinstance(layer, Linear4bit)
+        and computing_device(layer) != parameter(layer, "weight").device
+    )
 
 
 def is_bare(module: nn.Module) -> bool:
