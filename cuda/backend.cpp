@@ -181,6 +181,7 @@ constexpr KernelEntry<MatmulArgs> kMatmulKernels[] = {
      .usable = is_gemm_mma_usable,
      .supports = supports_matmul_and<supports_gemm_mma>,
      .prefers = prefers_gemm_mma,
+     .workspace_bytes = gemm_mma_workspace_bytes,
      .run = gemm_mma},
     {.name = "gemv_simt",
      .usable = is_usable,

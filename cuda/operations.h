@@ -33,6 +33,7 @@ void gemv_mma(const MatmulArgs& args, Workspace workspace, Stream stream);
 bool is_gemm_mma_usable(Device device, std::string* why_not);
 bool supports_gemm_mma(const MatmulArgs& args, std::string* why_not);
 bool prefers_gemm_mma(const MatmulArgs& args);
+int64_t gemm_mma_workspace_bytes(const MatmulArgs& args);
 void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream);
 
 // The products on Hopper's tensor cores, from the same codes in both directions.

@@ -22,6 +22,7 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/host/compiled_architecture.cu
   cuda/host/device_info.cpp
   cuda/host/error.cpp
+  cuda/host/launch_number.cpp
   cuda/host/mma_args.cpp
   cuda/host/table_values.cpp
   cuda/host/tensor_map.cpp

@@ -57,6 +57,13 @@ __device__ __forceinline__ void load_shared_if(uint4& value, uint32_t address, b
                : "r"(address), "r"(static_cast<uint32_t>(wanted)));
 }
 
+/// The same of a float.
+__device__ __forceinline__ void load_shared_if(float& value, uint32_t address, bool wanted) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.shared.f32 %0, [%1];}"
+               : "+f"(value)
+               : "r"(address), "r"(static_cast<uint32_t>(wanted)));
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }

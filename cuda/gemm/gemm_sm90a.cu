@@ -21,9 +21,7 @@
 //
 // Bound: tensor cores, 4 * kTokens clocks a step; shared memory, 300 + 3 * kTokens.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <random>
 #include <string>
 #include <type_traits>
 
@@ -41,6 +39,7 @@
 #include "host/device_info.h"
 #include "host/kernel_args.h"
 #include "host/launch.h"
+#include "host/launch_number.h"
 #include "host/mma_args.h"
 #include "host/stream.h"
 #include "host/table_values.h"
@@ -129,15 +128,6 @@ TableValues values_of(const Codebook& codebook, DType dtype) {
   return table;
 }
 
-/// A number that neither another launch has nor memory by chance.
-uint64_t next_launch() {
-  static std::atomic<uint64_t> launches{[] {
-    std::random_device random;
-    return uint64_t{random()} << 32 | random();
-  }()};
-  return launches.fetch_add(1, std::memory_order_relaxed);
-}
-
 GemmForwardPlan plan_of(const MatmulArgs& args) {
   return plan_gemm_forward(
       {args.x.rows, args.y.cols, args.x.cols, cluster_counts(args.weight.device).of[1]});
@@ -155,7 +145,9 @@ bool supports_gemm_sm90a(const MatmulArgs& args, std::string* why_not) {
          sm90a::fits(args.x, args.y.cols, why_not);
 }
 
-bool prefers_gemm_sm90a(const MatmulArgs& args) { return gemm_forward_is_preferred(args.x.rows); }
+bool prefers_gemm_sm90a(const MatmulArgs& args) {
+  return gemm_forward_is_preferred(args.x.rows, args.x.cols);
+}
 
 bool dense_beats_gemm_sm90a(const MatmulArgs& args) {
   return !gemm_forward_beats_dense(args.x.rows);

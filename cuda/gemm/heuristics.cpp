@@ -13,6 +13,8 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
 }
 
 constexpr int64_t kMaxPreferredRows = 16;
+constexpr int64_t kFlagBytes = 8;
+constexpr int64_t kAlignment = 16;
 
 }  // namespace
 
@@ -26,29 +28,28 @@ GemmPlan plan_gemm(const GemmProblem& problem) {
 }
 
 GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem) {
-  constexpr int64_t kStep = 256;
-  constexpr int64_t kXElemBytes = 2;
-  constexpr int64_t kXPadding = 64;  // neighbouring rows of x start in different banks
   GemmMmaPlan plan{};
-  const int64_t steps = ceil_div(problem.k, kStep);
-  for (plan.cluster = 1;; plan.cluster *= 2) {
-    plan.k_steps = static_cast<int>(ceil_div(steps, int64_t{plan.cluster}));
-    plan.x_pitch = static_cast<int>(plan.k_steps * kStep * kXElemBytes + kXPadding);
-    plan.shared_bytes = static_cast<int>(kGemmMmaXAt + problem.m * plan.x_pitch);
-    if (plan.shared_bytes <= kGemmMmaSharedBytes) break;
-  }
-  if (plan.k_steps > 1) {
-    plan.k_steps_inverse = static_cast<uint32_t>(ceil_div(int64_t{1} << 32, int64_t{plan.k_steps}));
-  }
+  const int64_t shares = ceil_div(problem.k, int64_t{kGemmMmaShare});
+  const int64_t slabs = ceil_div(shares, int64_t{kGemmMmaWarps});
   const int64_t tiles = ceil_div(problem.n, int64_t{kGemmMmaTileRows});
-  const int64_t clusters = std::min(tiles, std::max(problem.clusters.of[plan.cluster], int64_t{1}));
-  plan.grid = static_cast<int>(clusters * plan.cluster);
-  plan.tiles_per_cluster = static_cast<int>(tiles / clusters);
-  plan.clusters_with_more = static_cast<int>(tiles % clusters);
-  // A tile has one slot per warp that works on it; neighbouring tiles share at most one warp.
-  const int gaps_per_tile = static_cast<int>(ceil_div(problem.m, int64_t{2}));
-  plan.pass_tiles = kGemmMmaSumGaps / gaps_per_tile - (kGemmMmaWarps - 1);
+  const int64_t parts = std::min(tiles, std::max<int64_t>(problem.processors / slabs, 1));
+  plan.slabs = static_cast<int>(slabs);
+  plan.parts = static_cast<int>(parts);
+  plan.tiles_per_part = static_cast<int>(tiles / parts);
+  plan.parts_with_more = static_cast<int>(tiles % parts);
+  plan.k_warps = static_cast<int>(ceil_div(shares, slabs));
+  plan.row_groups = kGemmMmaWarps / plan.k_warps;
   return plan;
+}
+
+int64_t gemm_mma_flag_bytes(const GemmMmaPlan& plan) {
+  const int64_t passes = plan.tiles_per_part / kGemmMmaPassTiles + 1;
+  return ceil_div((plan.slabs - 1) * plan.parts * passes * kFlagBytes, kAlignment) * kAlignment;
+}
+
+int64_t gemm_mma_workspace_bytes(const GemmMmaPlan& plan, int64_t m, int64_t n) {
+  const int64_t cols = ceil_div(n, int64_t{kGemmMmaTileRows}) * kGemmMmaTileRows;
+  return gemm_mma_flag_bytes(plan) + (plan.slabs - 1) * m * cols * int64_t{sizeof(float)};
 }
 
 bool gemm_mma_is_preferred(int64_t m) { return m <= kMaxPreferredRows; }

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "host/cluster_occupancy.h"
-
 namespace qlora_native::cuda {
 
 /// out[rows, cols] = sum over `depth` of activations[rows, depth] * weight: forward has cols = N
@@ -25,45 +23,46 @@ inline constexpr int kGemmTileCols = 64;
 
 GemmPlan plan_gemm(const GemmProblem& problem);
 
-// ---- gemm_mma: tensor cores, eight rows of x at a time ----
+// ---- gemm_mma: tensor cores, 16 rows of x at a time ----
 
 struct GemmMmaProblem {
   int64_t m;  ///< 1 to kGemmMmaTokens
   int64_t n;
-  int64_t k;  ///< a multiple of 64, at most kGemmMmaMaxDepth
-  ClusterCounts clusters;
+  int64_t k;  ///< a multiple of 64
+  int64_t processors;
 };
 
-/// How tiles of 16 rows of the weight are dealt to clusters of thread blocks, and K to a cluster's
-/// blocks. Passed to the kernel as it is.
+/// How tiles of 16 rows of the weight and shares of 256 elements of K are dealt to thread blocks and their warps.
+/// Passed to the kernel as it is.
+///
+/// Thread block b has part b % parts of the tiles and slab slabs - 1 - b / parts of K: those of slab 0, which wait for
+/// the others' sums, come last.
 struct GemmMmaPlan {
-  int grid;                  ///< thread blocks
-  int cluster;               ///< blocks that share their tiles, each with a part of K: 1, 2, 4, 8
-  int tiles_per_cluster;     ///< consecutive ones
-  int clusters_with_more;    ///< the first clusters have one more
-  int pass_tiles;            ///< tiles whose sums fit into shared memory
-  int k_steps;               ///< of 256 elements, of a block
-  uint32_t k_steps_inverse;  ///< 2^32 / k_steps, rounded up; 0 for one step
-  int x_pitch;               ///< bytes from a row of x to the next in shared memory
-  int shared_bytes;
+  int slabs;  ///< of K
+  int parts;  ///< of the tiles, consecutive ones
+  int tiles_per_part;
+  int parts_with_more;  ///< the first parts have one tile more
+  int k_warps;          ///< warps with a share of K each
+  int row_groups;       ///< tiles, or pairs of them, that a thread block works on at a time
+
+  constexpr int first_tile_of(int part) const {
+    return part * tiles_per_part + (part < parts_with_more ? part : parts_with_more);
+  }
 };
 
-inline constexpr int kGemmMmaTokens = 8;
+inline constexpr int kGemmMmaTokens = 16;
 inline constexpr int kGemmMmaMaxRows = 64;
-inline constexpr int64_t kGemmMmaMaxDepth = 32768;  ///< 8 blocks hold 8 rows of x
 inline constexpr int kGemmMmaWarps = 16;
 inline constexpr int kGemmMmaTileRows = 16;
-inline constexpr int kGemmMmaSharedBytes = 232448;  ///< what a block of sm_90 can have
-inline constexpr int kGemmMmaXAt = 164864;          ///< where x begins in it
-inline constexpr int kGemmMmaSumGaps = 192;         ///< pieces of 128 bytes for sums
-
-/// step / k_steps, for the steps of a pass.
-constexpr int gemm_mma_tile_of(const GemmMmaPlan& plan, int step) {
-  if (plan.k_steps == 1) return step;
-  return static_cast<int>(static_cast<uint64_t>(step) * plan.k_steps_inverse >> 32);
-}
+inline constexpr int kGemmMmaShare = 256;
+/// Tiles whose sums a thread block holds at a time.
+inline constexpr int kGemmMmaPassTiles = 32;
 
 GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem);
+
+/// What thread blocks of one part give each other their sums by: flags, then sums [slabs - 1, m, tiles * 16].
+int64_t gemm_mma_flag_bytes(const GemmMmaPlan& plan);
+int64_t gemm_mma_workspace_bytes(const GemmMmaPlan& plan, int64_t m, int64_t n);
 
 /// Whether it beats decoding the weight and a dense product (bench/NOTES.md). gemm_sm90a, where it runs, is
 /// asked before.

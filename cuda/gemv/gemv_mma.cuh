@@ -66,8 +66,9 @@ constexpr int kStages = 3;
 constexpr int kStageBytes = kQuad * kShareUnits * kUnit / 2;
 static_assert(kStageBytes == kShareUnits * kUnit * 2);
 using Ring = WarpRing<kStages, kStageBytes>;
-// Of a row of W; four rows lie in one run. Exact where a row is no longer, which is one round.
-constexpr uint32_t kMaxPrefetchBytes = kWarps * kStageBytes / kQuad;
+// Of a row of W, at most, in a round: what is fetched early where there are several.
+constexpr uint32_t kRoundBytes = kWarps * kStageBytes / kQuad;
+constexpr uint32_t kMaxScaleBytes = 32768;  // that are fetched early
 
 // Shared memory: the map, the barriers, the partial sums; the table, aligned in the window, with
 // the lines in its gaps; the rings.
@@ -133,17 +134,24 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
 
   ring.init();
   if (k_warp == 0 && first_quad < quad_end && elect_lane()) {
-    prefetch_l2(p.packed + static_cast<uint64_t>(first_quad) * kQuad * row_bytes,
-                min(kQuad, p.n - first_quad * kQuad) * min(row_bytes, kMaxPrefetchBytes));
+    const uint8_t* const codes = p.packed + static_cast<uint64_t>(first_quad) * kQuad * row_bytes;
+    const int rows = min(kQuad, p.n - first_quad * kQuad);
+    if (p.rounds == 1) {
+      prefetch_l2(codes, rows * row_bytes);
+    } else {
+      for (int i = 0; i < rows; ++i) {
+        prefetch_l2(codes + static_cast<uint64_t>(i) * row_bytes, kRoundBytes);
+      }
+    }
   }
   if (warp == kWarps - 1 && elect_lane()) {
     const auto first = static_cast<uint32_t>(quad_begin * kQuad) * p.units >> unit_shift;
     const auto last = static_cast<uint32_t>(min(quad_end * kQuad, p.n)) * p.units >> unit_shift;
     if constexpr (kDoubleQuant) {
-      prefetch_l2(p.scales.codes + first, last - first);
+      prefetch_l2(p.scales.codes + first, min(last - first, kMaxScaleBytes));
       prefetch_l2(p.scales.absmax2 + (first >> 8), ((last - first) >> 8) * 4);
     } else {
-      prefetch_l2(p.scales.values + first, (last - first) * 4);
+      prefetch_l2(p.scales.values + first, min((last - first) * 4, kMaxScaleBytes));
     }
     if (p.bias != nullptr) {
       const int first_row = quad_begin * kQuad;
@@ -344,7 +352,7 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
     }
     const int col = quad_begin * kQuad + row;
     if (col < p.n) {
-      if (p.bias != nullptr) sum += to_float(p.bias[col]);
+      if (p.bias != nullptr) sum += to_float(load_after_wait(p.bias + col));
       p.y[token * p.y_stride + col] = from_float<T>(sum);
     }
   }

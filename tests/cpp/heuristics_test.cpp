@@ -176,38 +176,35 @@ constexpr ClusterCounts kH200{.of = {0, 132, 66, 39, 30, 22, 17, 15, 15}};
 constexpr ClusterCounts kOneProcessor{.of = {0, 1}};
 
 TEST(GemmMmaPlan, CoversEveryTileAndAllOfK) {
-  for (const ClusterCounts& clusters : {kOneProcessor, kH200}) {
-    for (const int64_t m : {1, 2, 7, 8}) {
-      for (const int64_t n : {1, 16, 17, 4096, 14336, 128256}) {
-        for (const int64_t k : {int64_t{64}, int64_t{320}, int64_t{4096}, int64_t{11008},
-                                int64_t{14336}, kGemmMmaMaxDepth}) {
-          const GemmMmaPlan plan = plan_gemm_mma({m, n, k, clusters});
-          const int count = plan.grid / plan.cluster;
-          EXPECT_EQ(plan.grid % plan.cluster, 0);
-          EXPECT_EQ(count * plan.tiles_per_cluster + plan.clusters_with_more, (n + 15) / 16);
-          EXPECT_LT(plan.clusters_with_more, count);
-          EXPECT_LE(count, std::max(clusters.of[plan.cluster], int64_t{1})) << "all run at a time";
-          EXPECT_GE(int64_t{plan.cluster} * plan.k_steps * 256, k);
-          EXPECT_TRUE(plan.cluster == 1 || plan.cluster == 2 || plan.cluster == 4 ||
-                      plan.cluster == 8)
-              << plan.cluster;
-          EXPECT_GE(plan.pass_tiles, 1);
-          EXPECT_LE(plan.shared_bytes, kSharedBytesOfHopper);
-          EXPECT_GE(plan.shared_bytes, kGemmMmaXAt + m * plan.k_steps * 512) << "x fits";
-          EXPECT_EQ(plan.x_pitch % 128, 64) << "neighbouring rows of x share no bank";
+  for (const int64_t processors : {1, 46, 132}) {
+    for (const int64_t n : {1, 16, 17, 1024, 4096, 14336, 128256}) {
+      for (const int64_t k : {64, 320, 4096, 4160, 5120, 11008, 14336, 1 << 20}) {
+        const GemmMmaPlan plan = plan_gemm_mma({16, n, k, processors});
+        EXPECT_EQ(plan.first_tile_of(0), 0);
+        EXPECT_EQ(plan.first_tile_of(plan.parts), (n + 15) / 16);
+        for (int part = 0; part < plan.parts; ++part) {
+          EXPECT_LT(plan.first_tile_of(part), plan.first_tile_of(part + 1));
         }
+        EXPECT_GE(int64_t{plan.slabs} * plan.k_warps * kGemmMmaShare, k);
+        EXPECT_LT(int64_t{plan.slabs - 1} * plan.k_warps * kGemmMmaShare, k) << "none is empty";
+        EXPECT_GE(plan.row_groups, 1);
+        EXPECT_LE(plan.row_groups * plan.k_warps, kGemmMmaWarps);
+        EXPECT_TRUE(plan.parts == 1 || plan.parts * plan.slabs <= processors) << "run at a time";
       }
     }
   }
 }
 
-TEST(GemmMmaPlan, DividesStepsByMultiplying) {
-  for (const int64_t k : {64, 256, 512, 4096, 11008, 14336, 32768}) {
-    const GemmMmaPlan plan = plan_gemm_mma({8, 128256, k, kH200});
-    for (int step = 0; step <= plan.pass_tiles * plan.k_steps; ++step) {
-      ASSERT_EQ(gemm_mma_tile_of(plan, step), step / plan.k_steps) << "K=" << k;
-    }
-  }
+TEST(GemmMmaPlan, SumsTravelOnlyWhereKIsCut) {
+  EXPECT_EQ(gemm_mma_workspace_bytes(plan_gemm_mma({16, 14336, 4096, 132}), 16, 14336), 0);
+  const GemmMmaPlan plan = plan_gemm_mma({16, 4096, 14336, 132});
+  EXPECT_EQ(plan.slabs, 4);
+  EXPECT_EQ(plan.parts, 33);
+  EXPECT_EQ(gemm_mma_flag_bytes(plan), 3 * 33 * 8 + 8) << "the sums are aligned to 16 bytes";
+  EXPECT_EQ(gemm_mma_workspace_bytes(plan, 16, 4096) - gemm_mma_flag_bytes(plan),
+            3 * 16 * 4096 * 4);
+  const GemmMmaPlan long_plan = plan_gemm_mma({16, 128256, 8192, 132});
+  EXPECT_GE(gemm_mma_flag_bytes(long_plan), 66 * 4 * 8) << "one for every pass of 32 tiles";
 }
 
 TEST(GemmMmaPlan, ServesFewRowsOfX) {
@@ -258,8 +255,14 @@ TEST(GemmForwardPlan, BeatsDenseWhereDecodingOnceDoesNotPay) {
 }
 
 TEST(GemmForwardPlan, IsPreferredWhereADenseProductWouldBeFasterStill) {
-  EXPECT_FALSE(gemm_forward_is_preferred(8));
-  for (const int64_t rows : {9, 1024, 1025, 1 << 20}) EXPECT_TRUE(gemm_forward_is_preferred(rows));
+  for (const int64_t depth : {64, 4096, 14336}) {
+    EXPECT_FALSE(gemm_forward_is_preferred(8, depth));
+    EXPECT_EQ(gemm_forward_is_preferred(9, depth), depth > 4096) << "gemm_mma would cut K";
+    EXPECT_EQ(gemm_forward_is_preferred(16, depth), depth > 4096);
+    for (const int64_t rows : {17, 1024, 1025, 1 << 20}) {
+      EXPECT_TRUE(gemm_forward_is_preferred(rows, depth));
+    }
+  }
 }
 
 TEST(GemmTransposedPlan, CoversEveryTileAndAllOfTheDepth) {

@@ -94,13 +94,28 @@ TEST(LargeMatmul, IsAccurateInEveryStepAndRoundOfOneAndTwoRows) {
   }
 }
 
+/// How gemm_mma cuts them: four slabs of K, of 13 warps, the last of them with one unit; eight groups of rows that
+/// take two passes; two slabs and two passes, an odd number of tiles in some. Rows that are no multiple of 16.
+TEST(LargeMatmul, IsAccurateInEverySlabAndPassOfUpTo16Rows) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  uint32_t seed = 60;
+  for (const auto& [rows, cols] :
+       {std::array<int64_t, 2>{1999, 13120}, {70003, 320}, {34851, 4160}}) {
+    for (const bool is_wide : {false, true}) {
+      Product p{{rows, cols, 64, kNF4, !is_wide}, is_wide ? 16 : 5, DType::kBFloat16, false};
+      p.has_bias = true;
+      expect_samples_accurate(p, ++seed);
+    }
+  }
+}
+
 TEST(LargeMatmul, RepeatsItsBitsWhateverIsInTheWorkspace) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";
   const Device device = Device::cuda(0);
-  // Depths that the kernels for more than eight rows cut: in few tiles, and in some more than there are processors.
-  const int64_t shapes[][3] = {{1, 520, 4096},   {7, 520, 4096},    {20, 520, 4096},
-                               {50, 520, 4096},  {150, 520, 4096},  {29, 4104, 2112},
-                               {61, 4104, 3136}, {300, 11300, 1408}};
+  // Depths that the kernels cut: in few tiles, and in some more than there are processors.
+  const int64_t shapes[][3] = {
+      {1, 520, 4096},  {7, 520, 4096},   {20, 520, 4096},  {7, 520, 12352},  {16, 520, 12352},
+      {50, 520, 4096}, {150, 520, 4096}, {29, 4104, 2112}, {61, 4104, 3136}, {300, 11300, 1408}};
   uint32_t seed = 70;
   for (const auto& [m, cols, depth] : shapes) {
     for (const bool transposed : {false, true}) {

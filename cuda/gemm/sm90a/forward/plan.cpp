@@ -12,6 +12,8 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
 }
 
 constexpr int64_t kRowGroup = 8;
+/// Beyond it gemm_mma cuts K, and of more than eight rows the sums that then travel cost what it gains.
+constexpr int64_t kMaxDepthOfMma = int64_t{kGemmMmaShare} * kGemmMmaWarps;
 constexpr int64_t kMaxRowsBeforeDense = 1024;
 constexpr int64_t kFlagBytes = 8;
 constexpr int64_t kSumBytes = 4;
@@ -52,7 +54,9 @@ int64_t gemm_forward_workspace_bytes(const GemmForwardPlan& plan) {
          int64_t{plan.grid} * plan.tile_rows * kGemmForwardTileCols * kSumBytes;
 }
 
-bool gemm_forward_is_preferred(int64_t rows) { return rows > kGemmMmaTokens; }
+bool gemm_forward_is_preferred(int64_t rows, int64_t depth) {
+  return rows > kGemmMmaTokens || (rows > 8 && depth > kMaxDepthOfMma);
+}
 
 bool gemm_forward_beats_dense(int64_t rows) { return rows <= kMaxRowsBeforeDense; }
 

@@ -44,7 +44,7 @@ int64_t gemm_forward_workspace_bytes(const GemmForwardPlan& plan);
 GemmForwardPlan plan_gemm_forward(const GemmForwardProblem& problem);
 
 /// Whether it beats the library's other kernels: fewer rows are for those with less to do before the first product.
-bool gemm_forward_is_preferred(int64_t rows);
+bool gemm_forward_is_preferred(int64_t rows, int64_t depth);
 
 /// Whether it beats decoding the weight and a dense product (bench/NOTES.md).
 bool gemm_forward_beats_dense(int64_t rows);
