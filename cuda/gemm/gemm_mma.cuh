@@ -79,10 +79,12 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
   const int stride = plan.row_groups * Step::kTiles;  // from a step's first tile to the next one's
   const int unit0 = (slab * plan.k_warps + k_warp) * kShareUnits;
 
-  ring.init();
-  if (thread < 2 * kWarps) {
-    init_barrier(shared_base + kStepBarriersAt + thread * kBarrierBytes, plan.k_warps);
+  if (elect_lane()) {
+    const uint32_t barriers = shared_base + kStepBarriersAt + warp * 2 * kBarrierBytes;
+    init_barrier(barriers, plan.k_warps);
+    init_barrier(barriers + kBarrierBytes, plan.k_warps);
   }
+  ring.init();
   {
     // A row of the first tiles by each warp.
     const int row = tile_begin * kTileRows + warp;
