@@ -29,7 +29,7 @@ def early_loads(texts: Mapping[str, str]) -> list[str]:
 def test_overlapping_kernels_load_behind_the_wait():
     texts = read_texts((".cu", ".cuh"))
     waiting = {name for name, text in texts.items() if _WAITS.search(text)}
-    assert {"cuda/dequantize.cu", "cuda/gemm/gemm_mma.cu", "cuda/gemv/gemv_mma.cuh"} <= waiting
+    assert {"cuda/dequantize.cu", "cuda/gemm/gemm_mma.cuh", "cuda/gemv/gemv_mma.cuh"} <= waiting
     assert early_loads(texts) == []
 
 
