@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
-#include <type_traits>
 
 #include "device/architecture.cuh"
 #include "gemm/gemm_mma.cuh"
@@ -42,9 +41,8 @@ void launch_gemm(int device, const GemmMmaParams<T>& params, cudaStream_t stream
          stream, params);
 }
 
-GemmMmaPlan plan_of(const MatmulArgs& args, int64_t m) {
-  return plan_gemm_mma(
-      {m, args.weight.rows, args.weight.cols, processor_count(args.weight.device)});
+GemmMmaPlan plan_of(const MatmulArgs& args) {
+  return plan_gemm_mma({args.weight.rows, args.weight.cols, processor_count(args.weight.device)});
 }
 
 }  // namespace
@@ -61,7 +59,7 @@ bool prefers_gemm_mma(const MatmulArgs& args) { return gemm_mma_is_preferred(arg
 
 int64_t gemm_mma_workspace_bytes(const MatmulArgs& args) {
   const int64_t m = std::min(args.x.rows, int64_t{kGemmMmaTokens});
-  return gemm_mma_workspace_bytes(plan_of(args, m), m, args.weight.rows);
+  return gemm_mma_workspace_bytes(plan_of(args), m, args.weight.rows);
 }
 
 void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream) {
@@ -69,6 +67,7 @@ void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream) {
   const DeviceGuard guard(weight.device.index);
   // For the driver's function below (see gemm_sm90a).
   QN_CUDA_TRY(cudaSetDevice(weight.device.index));
+  const GemmMmaPlan plan = plan_of(args);
   const CUtensorMap codes = make_tensor_map({.data = weight.packed,
                                              .elem_bytes = 1,
                                              .rows = weight.rows,
@@ -80,7 +79,6 @@ void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream) {
     using T = typename decltype(tag)::type;
     for (int64_t first = 0; first < args.x.rows; first += kGemmMmaTokens) {
       const int64_t m = std::min(args.x.rows - first, int64_t{kGemmMmaTokens});
-      const GemmMmaPlan plan = plan_of(args, m);
       const GemmMmaParams<T> params{
           .codes = codes,
           .x = static_cast<const T*>(args.x.data) + first * args.x.row_stride,

@@ -43,6 +43,7 @@
 #include "device/warp_ring.cuh"
 #include "device/warp_uniform.cuh"
 #include "gemm/gemm_mma_layout.cuh"
+#include "gemm/gemm_mma_sums.cuh"
 
 namespace qlora_native::cuda::gemm_mma_kernels {
 
@@ -50,8 +51,8 @@ extern __shared__ __align__(1024) char shared[];
 
 template <class T, int kGroups, bool kDoubleQuant>
 __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
-  using Step = Step<kGroups>;
-  using Layout = Layout<kGroups>;
+  using Step = StepOf<kGroups>;
+  using Layout = LayoutOf<kGroups>;
   allow_next_kernel();
   const auto& plan = p.plan;
   const uint32_t shared_base = shared_address(shared);
@@ -85,6 +86,7 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
     init_barrier(barriers + kBarrierBytes, plan.k_warps);
   }
   ring.init();
+  if (thread == 0) prefetch_map(p.codes);
   {
     // A row of the first tiles by each warp.
     const int row = tile_begin * kTileRows + warp;
@@ -215,11 +217,11 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
       const uint32_t codes = ring.acquire() + lane_codes;
       fetch_scales(tile + stride);
       fill(tile + (Step::kStages - 1) * stride);
-      constexpr int kParts = kTiles * kGroups;
-      float sums[kParts][4] = {};
+      constexpr int kMmas = kTiles * kGroups;
+      float sums[kMmas][4] = {};
 #pragma unroll
       for (int unit = 0; unit < kShareUnits; ++unit) {
-        float dot[kParts][4] = {};
+        float dot[kMmas][4] = {};
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           const uint32_t at = (codes ^ unit * 32) + i * kTileBytes;
@@ -241,23 +243,23 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
           }
         }
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          const float low_scale = __shfl_sync(kAllLanes, scale[part / kGroups * 2], unit, 4);
-          const float high_scale = __shfl_sync(kAllLanes, scale[part / kGroups * 2 + 1], unit, 4);
+        for (int mma = 0; mma < kMmas; ++mma) {
+          const float low_scale = __shfl_sync(kAllLanes, scale[mma / kGroups * 2], unit, 4);
+          const float high_scale = __shfl_sync(kAllLanes, scale[mma / kGroups * 2 + 1], unit, 4);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            sums[part][i] = fmaf(dot[part][i], i < 2 ? low_scale : high_scale, sums[part][i]);
+            sums[mma][i] = fmaf(dot[mma][i], i < 2 ? low_scale : high_scale, sums[mma][i]);
           }
         }
       }
       if (step_before >= 0) reduce(step_before);
       step_before = (tile - pass_begin) / Step::kTiles;
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int mma = 0; mma < kMmas; ++mma) {
         store_shared(
-            own_fragment + turn % 2 * Fragments::kStepBytes + part * (Fragments::kWarpBytes / 2),
-            make_uint4(__float_as_uint(sums[part][0]), __float_as_uint(sums[part][1]),
-                       __float_as_uint(sums[part][2]), __float_as_uint(sums[part][3])));
+            own_fragment + turn % 2 * Fragments::kStepBytes + mma * (Fragments::kWarpBytes / 2),
+            make_uint4(__float_as_uint(sums[mma][0]), __float_as_uint(sums[mma][1]),
+                       __float_as_uint(sums[mma][2]), __float_as_uint(sums[mma][3])));
       }
       __syncwarp();  // the stage has been read, the fragments are written
       if (lane == 0) arrive(step_barriers + turn % 2 * kBarrierBytes);
@@ -275,76 +277,8 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
     if (step_before >= 0) reduce(step_before);
     __syncthreads();
 
-    const int rows = (pass_end - pass_begin) * kTileRows;
-    const int cols = p.plan.first_tile_of(plan.parts) * kTileRows;  // of the partial sums
-    const int first_col = pass_begin * kTileRows;
-    const auto partial_sums = [&](int of_slab, int token, int row) {
-      return reinterpret_cast<float4*>(p.partial_sums +
-                                       (static_cast<int64_t>(of_slab - 1) * p.m + token) * cols +
-                                       first_col + row);
-    };
-    const int passes = plan.tiles_per_part / kGemmMmaPassTiles + 1;
-    const auto flag = [&](int of_slab) {
-      return p.flags + (static_cast<int64_t>(of_slab - 1) * plan.parts + part) * passes + pass;
-    };
-    if (slab == 0 && plan.slabs > 1) {
-      for (int other = 1 + thread; other < plan.slabs; other += kThreads) {
-        uint64_t value;
-        do {
-          asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
-                       : "=l"(value)
-                       : "l"(flag(other))
-                       : "memory");
-        } while (value != p.ready);
-        *flag(other) = 0;
-      }
-      __syncthreads();
-    }
-    // Four neighbouring columns at a time.
-    const int quads = rows / 4;
-    for (int i = thread; i < quads * p.m; i += kThreads) {
-      const int token = i / quads;
-      const int row = (i - token * quads) * 4;
-      const uint32_t step_sums =
-          shared_base + kSumsAt + row / Step::kRows * (Fragments::kElements * 4);
-      float sum[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        sum[j] = load_shared(step_sums + Fragments::element_of(row % Step::kRows + j, token) * 4);
-      }
-      if (slab > 0) {
-        __stcg(partial_sums(slab, token, row), make_float4(sum[0], sum[1], sum[2], sum[3]));
-        continue;
-      }
-      for (int first = 1; first < plan.slabs; first += kSlabsAtOnce) {
-        float4 parts[kSlabsAtOnce];
-#pragma unroll
-        for (int j = 0; j < kSlabsAtOnce; ++j) {
-          parts[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          if (first + j < plan.slabs) parts[j] = __ldcg(partial_sums(first + j, token, row));
-        }
-#pragma unroll
-        for (const float4& part : parts) {
-          sum[0] += part.x;
-          sum[1] += part.y;
-          sum[2] += part.z;
-          sum[3] += part.w;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int col = first_col + row + j;
-        if (col >= p.n) break;
-        if (p.bias != nullptr) sum[j] += to_float(load_after_wait(p.bias + col));
-        p.y[token * p.y_stride + col] = from_float<T>(sum[j]);
-      }
-    }
-    if (slab > 0) __threadfence();
-    __syncthreads();
-    if (slab > 0 && thread == 0) {
-      asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag(slab)), "l"(p.ready)
-                   : "memory");
-    }
+    write_pass<T, kGroups>(p, {slab, part, pass, pass_begin, pass_end}, shared_base + kSumsAt,
+                           thread);
     ++pass;
   }
 }

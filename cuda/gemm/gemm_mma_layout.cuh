@@ -26,10 +26,10 @@ constexpr int kSlabsAtOnce = 3;  // whose sums are on their way at a time
 
 /// A step of a warp: a tile by 16 rows of X, or two tiles by eight.
 template <int kGroups>  // of eight rows of X
-struct Step {
+struct StepOf {
   static constexpr int kTiles = 2 / kGroups;
   static constexpr int kRows = kTiles * kTileRows;
-  static constexpr int kStages = kTiles == 2 ? 2 : 3;
+  static constexpr int kStages = kTiles == 2 ? 2 : 3;  // four for 16 rows were slower
   using Ring = WarpRing<kStages, kTiles * kTileBytes>;
 };
 
@@ -61,16 +61,17 @@ struct Fragments {
 // table, aligned in the window, with the fragments in its gaps; the rings.
 constexpr uint32_t kWindow = 65536;
 constexpr uint32_t kBarriersAt = 1024;
-constexpr uint32_t kStepBarriersAt = kBarriersAt + kWarps * 3 * kBarrierBytes;
+constexpr int kMaxStages = 3;
+constexpr uint32_t kStepBarriersAt = kBarriersAt + kWarps * kMaxStages * kBarrierBytes;
 constexpr uint32_t kSumsAt = 2048;
 static_assert(kStepBarriersAt + 2 * kWarps * kBarrierBytes <= kSumsAt);
-constexpr uint32_t kBytesBehind = 96 * 1024;
+constexpr uint32_t kBytesBehind = 96 * 1024;  // what is left of 227 KB
 constexpr uint32_t kSharedBytes = kWindow + PairTable::kBytes + kBytesBehind;
 
 template <int kGroups>
-struct Layout {
-  using Ring = typename Step<kGroups>::Ring;
-  static_assert(Ring::kBarriersBytes <= 3 * kBarrierBytes);
+struct LayoutOf {
+  using Ring = typename StepOf<kGroups>::Ring;
+  static_assert(StepOf<kGroups>::kStages <= kMaxStages);
   static constexpr int kRingsBehind =
       kBytesBehind / Ring::kBytes < kWarps ? kBytesBehind / Ring::kBytes : kWarps;
   static constexpr uint32_t kBefore = kSumsAt + kGemmMmaPassTiles * kTileRows * kGroups * 8 * 4 +
@@ -102,7 +103,7 @@ struct GemmMmaParams {
   GemmMmaPlan plan;
   float* partial_sums;  ///< [slabs - 1, m, tiles * 16]
   uint64_t* flags;      ///< [slabs - 1, parts, passes]
-  uint64_t ready;       ///< what a flag is while its sums are there; no other launch has the same
+  uint64_t ready;       ///< what a flag is while its sums are there
 };
 
 }  // namespace qlora_native::cuda::gemm_mma_kernels

@@ -12,7 +12,6 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
   return value / divisor + (value % divisor != 0);
 }
 
-constexpr int64_t kMaxPreferredRows = 16;
 constexpr int64_t kFlagBytes = 8;
 constexpr int64_t kAlignment = 16;
 
@@ -52,6 +51,6 @@ int64_t gemm_mma_workspace_bytes(const GemmMmaPlan& plan, int64_t m, int64_t n) 
   return gemm_mma_flag_bytes(plan) + (plan.slabs - 1) * m * cols * int64_t{sizeof(float)};
 }
 
-bool gemm_mma_is_preferred(int64_t m) { return m <= kMaxPreferredRows; }
+bool gemm_mma_is_preferred(int64_t m) { return m <= kGemmMmaTokens; }
 
 }  // namespace qlora_native::cuda

@@ -26,7 +26,6 @@ GemmPlan plan_gemm(const GemmProblem& problem);
 // ---- gemm_mma: tensor cores, 16 rows of x at a time ----
 
 struct GemmMmaProblem {
-  int64_t m;  ///< 1 to kGemmMmaTokens
   int64_t n;
   int64_t k;  ///< a multiple of 64
   int64_t processors;
@@ -35,8 +34,8 @@ struct GemmMmaProblem {
 /// How tiles of 16 rows of the weight and shares of 256 elements of K are dealt to thread blocks and their warps.
 /// Passed to the kernel as it is.
 ///
-/// Thread block b has part b % parts of the tiles and slab slabs - 1 - b / parts of K: those of slab 0, which wait for
-/// the others' sums, come last.
+/// Thread block b has part = b % parts of the tiles and slab = slabs - 1 - b / parts of K: those of slab 0, which wait
+/// for the others' sums, come last.
 struct GemmMmaPlan {
   int slabs;  ///< of K
   int parts;  ///< of the tiles, consecutive ones
@@ -51,7 +50,7 @@ struct GemmMmaPlan {
 };
 
 inline constexpr int kGemmMmaTokens = 16;
-inline constexpr int kGemmMmaMaxRows = 64;
+inline constexpr int kGemmMmaMaxRows = 64;  ///< in several launches
 inline constexpr int kGemmMmaWarps = 16;
 inline constexpr int kGemmMmaTileRows = 16;
 inline constexpr int kGemmMmaShare = 256;
@@ -60,7 +59,8 @@ inline constexpr int kGemmMmaPassTiles = 32;
 
 GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem);
 
-/// What thread blocks of one part give each other their sums by: flags, then sums [slabs - 1, m, tiles * 16].
+/// What thread blocks of one part give each other their sums by: flags, then sums [slabs - 1, m, tiles * 16] for m rows
+/// of x, at most kGemmMmaTokens.
 int64_t gemm_mma_flag_bytes(const GemmMmaPlan& plan);
 int64_t gemm_mma_workspace_bytes(const GemmMmaPlan& plan, int64_t m, int64_t n);
 

@@ -5,7 +5,7 @@
 
 namespace qlora_native::cuda {
 
-/// A number that neither another launch has nor memory by chance.
+/// A number that neither another launch has nor memory by chance; a replay of a CUDA graph has that of its capture.
 uint64_t next_launch();
 
 }  // namespace qlora_native::cuda

@@ -138,7 +138,7 @@ TEST(GemvMmaPlan, GivesEveryRowAndAllOfKToWarps) {
     for (const int64_t m : {1, 2}) {
       for (const int64_t n : {1, 3, 4, 5, 31, 4096, 14336, 128256}) {
         for (const int64_t k : {64, 1024, 1088, 4096, 11008, 14336, 28672, 131072}) {
-          const GemvMmaPlan plan = plan_gemv_mma({m, n, k, processors});
+          const GemvMmaPlan plan = plan_gemv_mma({n, k, processors});
           const int64_t quads = plan.grid * plan.quads_per_block + plan.blocks_with_more;
           EXPECT_EQ(quads, (n + kGemvMmaQuad - 1) / kGemvMmaQuad) << "N=" << n;
           EXPECT_LT(plan.blocks_with_more, plan.grid);
@@ -179,7 +179,7 @@ TEST(GemmMmaPlan, CoversEveryTileAndAllOfK) {
   for (const int64_t processors : {1, 46, 132}) {
     for (const int64_t n : {1, 16, 17, 1024, 4096, 14336, 128256}) {
       for (const int64_t k : {64, 320, 4096, 4160, 5120, 11008, 14336, 1 << 20}) {
-        const GemmMmaPlan plan = plan_gemm_mma({16, n, k, processors});
+        const GemmMmaPlan plan = plan_gemm_mma({n, k, processors});
         EXPECT_EQ(plan.first_tile_of(0), 0);
         EXPECT_EQ(plan.first_tile_of(plan.parts), (n + 15) / 16);
         for (int part = 0; part < plan.parts; ++part) {
@@ -196,14 +196,14 @@ TEST(GemmMmaPlan, CoversEveryTileAndAllOfK) {
 }
 
 TEST(GemmMmaPlan, SumsTravelOnlyWhereKIsCut) {
-  EXPECT_EQ(gemm_mma_workspace_bytes(plan_gemm_mma({16, 14336, 4096, 132}), 16, 14336), 0);
-  const GemmMmaPlan plan = plan_gemm_mma({16, 4096, 14336, 132});
+  EXPECT_EQ(gemm_mma_workspace_bytes(plan_gemm_mma({14336, 4096, 132}), 16, 14336), 0);
+  const GemmMmaPlan plan = plan_gemm_mma({4096, 14336, 132});
   EXPECT_EQ(plan.slabs, 4);
   EXPECT_EQ(plan.parts, 33);
   EXPECT_EQ(gemm_mma_flag_bytes(plan), 3 * 33 * 8 + 8) << "the sums are aligned to 16 bytes";
   EXPECT_EQ(gemm_mma_workspace_bytes(plan, 16, 4096) - gemm_mma_flag_bytes(plan),
             3 * 16 * 4096 * 4);
-  const GemmMmaPlan long_plan = plan_gemm_mma({16, 128256, 8192, 132});
+  const GemmMmaPlan long_plan = plan_gemm_mma({128256, 8192, 132});
   EXPECT_GE(gemm_mma_flag_bytes(long_plan), 66 * 4 * 8) << "one for every pass of 32 tiles";
 }
 

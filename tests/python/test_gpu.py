@@ -80,11 +80,13 @@ def test_runs_on_the_current_stream():
     assert not waited, "a call waited for the device"
 
 
-@pytest.mark.parametrize("m", [1, 4, 64, 600])
-def test_graph_capture_and_replay(m):
-    """Quantize, forward and backward replay on new data."""
-    w = torch.randn(512, 768, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(m, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize(
+    ("m", "k"), [(1, 768), (4, 768), (4, 8320), (12, 8320), (64, 768), (64, 8320), (600, 768)]
+)
+def test_graph_capture_and_replay(m, k):
+    """Quantize, forward and backward replay on new data, also where thread blocks share sums."""
+    w = torch.randn(512, k, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
 
     def step():
@@ -101,7 +103,7 @@ def test_graph_capture_and_replay(m):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for _ in range(3):
+    for _ in range(20):
         with torch.no_grad():
             w.normal_()
             x.normal_()
