@@ -205,6 +205,7 @@ constexpr KernelEntry<MatmulTransposedArgs> kMatmulTransposedKernels[] = {
     {.name = "gemm_sm90a",
      .usable = is_gemm_sm90a_usable,
      .supports = supports_transposed_and<supports_gemm_transposed_sm90a>,
+     .workspace_bytes = gemm_transposed_sm90a_workspace_bytes,
      .run = gemm_transposed_sm90a,
      .dense_is_faster_for = dense_beats_gemm_transposed_sm90a},
     {.name = "gemm_sm80",

@@ -44,6 +44,7 @@ bool prefers_gemm_sm90a(const MatmulArgs& args);
 bool dense_beats_gemm_sm90a(const MatmulArgs& args);
 bool dense_beats_gemm_transposed_sm90a(const MatmulTransposedArgs& args);
 int64_t gemm_sm90a_workspace_bytes(const MatmulArgs& args);
+int64_t gemm_transposed_sm90a_workspace_bytes(const MatmulTransposedArgs& args);
 void gemm_sm90a(const MatmulArgs& args, Workspace workspace, Stream stream);
 void gemm_transposed_sm90a(const MatmulTransposedArgs& args, Workspace workspace, Stream stream);
 

@@ -9,8 +9,7 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/gemm/gemm_sm80.cu
   cuda/gemm/heuristics.cpp
   cuda/gemm/sm80/plan.cpp
-  cuda/gemm/sm90a/forward/plan.cpp
-  cuda/gemm/sm90a/transposed/plan.cpp
+  cuda/gemm/sm90a/plan.cpp
   cuda/gemv/gemv_mma.cu
   cuda/gemv/gemv_simt.cu
   cuda/gemv/heuristics.cpp

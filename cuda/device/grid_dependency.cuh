@@ -41,6 +41,12 @@ __device__ __forceinline__ uint32_t load_after_wait(const uint8_t* source) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t load_after_wait(const uint32_t* source) {
+  uint32_t value;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
+  return value;
+}
+
 /// An element of a 16-bit type.
 template <class T>
 __device__ __forceinline__ T load_after_wait(const T* source) {

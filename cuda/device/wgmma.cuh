@@ -1,6 +1,6 @@
-// Matrix products of a warpgroup (four warps), both operands in shared memory (sm_90a).
+// Matrix products of a warpgroup (four warps), A in registers and B in shared memory (sm_90a).
 //
-// Operands lie in panels: rows of 64 16-bit elements (128 bytes), swizzled by 128 bytes: 16-byte piece
+// B lies in panels: rows of 64 16-bit elements (128 bytes), swizzled by 128 bytes: 16-byte piece
 // c of row r lies at piece c ^ (r % 8). A panel begins at a multiple of 1024 bytes.
 #pragma once
 
@@ -23,10 +23,8 @@ __device__ __forceinline__ uint64_t panel_descriptor(uint32_t address) {
   return kSwizzle128 | kEightRows | kUnusedStride | (address & 0x3ffff) >> 4;
 }
 
-/// How far the descriptor of the next 16 elements of the contraction is: 32 bytes along a row where the
-/// rows run along the contraction, 16 rows where they run across it.
-template <bool kTransposed>
-inline constexpr uint64_t kPanelStep16 = (kTransposed ? 16 * kPanelRowBytes : 32) / 16;
+/// How far the descriptor of the next 16 elements of the contraction is: 32 bytes along a row.
+inline constexpr uint64_t kPanelStep16 = 32 / 16;
 
 /// Registers written before are seen by the products that follow.
 __device__ __forceinline__ void wgmma_fence() {
@@ -56,10 +54,6 @@ __device__ __forceinline__ void wgmma_order(float (&sums)[kSums]) {
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), \
       "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
 #define QN_SUMS_32(i) QN_SUMS_8(i), QN_SUMS_8(i + 8), QN_SUMS_8(i + 16), QN_SUMS_8(i + 24)
-#define QN_WGMMA(SHAPE, TYPE, SUMS, A, B, TRANSPOSED)                                  \
-  "{.reg .pred add; setp.eq.b32 add, 0, 0;\n"                                          \
-  "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" SUMS "}, " A ", " B \
-  ", add, 1, 1, " TRANSPOSED ", 0;}\n"
 
 #define QN_SUMS_TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 
@@ -85,124 +79,79 @@ __device__ __forceinline__ void wgmma_order(float (&sums)[kSums]) {
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-/// sums[64, 2 * kSums] += A[64, 16] * B[2 * kSums, 16]^T. A thread holds of row 16 * warp +
-/// lane / 4 + 8 * (i / 2 % 2) the columns 8 * (i / 4) + lane % 4 * 2 + i % 2, in sums[i]. `kTransposed`: the rows
-/// of A's panel run along the contraction's 64 elements, not across. The sums are not to be touched until
-/// wgmma_wait(). kSums is 8, 32 or 64.
-template <class T, bool kTransposed, int kSums>
-__device__ __forceinline__ void wgmma(float (&sums)[kSums], uint64_t a, uint64_t b) {
-  constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
-
-  if constexpr (kSums == 8 && kHalf) {
-    asm volatile(QN_WGMMA("m64n16k16", "f16", QN_SUMS_TEXT_16, "%8", "%9", "%10")
-                 : QN_SUMS_8(0)
-                 : "l"(a), "l"(b), "n"(kTransposed));
-  } else if constexpr (kSums == 8 && !kHalf) {
-    asm volatile(QN_WGMMA("m64n16k16", "bf16", QN_SUMS_TEXT_16, "%8", "%9", "%10")
-                 : QN_SUMS_8(0)
-                 : "l"(a), "l"(b), "n"(kTransposed));
-  } else if constexpr (kSums == 32 && kHalf) {
-    asm volatile(QN_WGMMA("m64n64k16", "f16", QN_SUMS_TEXT_64, "%32", "%33", "%34")
-                 : QN_SUMS_32(0)
-                 : "l"(a), "l"(b), "n"(kTransposed));
-  } else if constexpr (kSums == 32 && !kHalf) {
-    asm volatile(QN_WGMMA("m64n64k16", "bf16", QN_SUMS_TEXT_64, "%32", "%33", "%34")
-                 : QN_SUMS_32(0)
-                 : "l"(a), "l"(b), "n"(kTransposed));
-  } else if constexpr (kSums == 64 && kHalf) {
-    asm volatile(QN_WGMMA("m64n128k16", "f16", QN_SUMS_TEXT_128, "%64", "%65", "%66")
-                 : QN_SUMS_32(0), QN_SUMS_32(32)
-                 : "l"(a), "l"(b), "n"(kTransposed));
-  } else if constexpr (kSums == 64 && !kHalf) {
-    asm volatile(QN_WGMMA("m64n128k16", "bf16", QN_SUMS_TEXT_128, "%64", "%65", "%66")
-                 : QN_SUMS_32(0), QN_SUMS_32(32)
-                 : "l"(a), "l"(b), "n"(kTransposed));
-  } else {
-    static_assert(kSums == 8, "no instruction of this width here");
-  }
-}
-
-#define QN_WGMMA_REGISTERS(SHAPE, TYPE, SUMS, A, B, ADDS)                                \
+#define QN_WGMMA(SHAPE, TYPE, SUMS, A, B, ADDS)                                          \
   "{.reg .pred add; setp.ne.b32 add, " ADDS                                              \
   ", 0;\n"                                                                               \
   "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" SUMS "}, {" A "}, " B \
   ", add, 1, 1, 0;}\n"
 #define QN_REGISTERS_OF_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 
-/// The same with A in registers: of its rows lane / 4 and lane / 4 + 8 (of the 16 that belong to the warp), in turn,
-/// columns lane % 4 * 2 and the next, then both rows of columns 8 further: fragments of mma.sync.m16n8k16. They are
-/// not to be overwritten until wgmma_wait(). `kAdds` is false where the sums begin with this product. kSums is 8, 16,
+/// sums[64, 2 * kSums] += A[64, 16] * B[2 * kSums, 16]^T. A thread holds of row 16 * warp +
+/// lane / 4 + 8 * (i / 2 % 2) the columns 8 * (i / 4) + lane % 4 * 2 + i % 2, in sums[i]. Of A it holds
+/// rows lane / 4 and lane / 4 + 8 (of the 16 that belong to the warp), in turn, columns lane % 4 * 2 and the next, then
+/// both rows of columns 8 further: fragments of mma.sync.m16n8k16. Neither sums nor fragments are to be touched until
+/// wgmma_wait(). `kAdds` is false where the sums begin with this product. kSums is 8, 16,
 /// 32, 64 or 128.
 template <class T, bool kAdds, int kSums>
-__device__ __forceinline__ void wgmma_registers(float (&sums)[kSums], const uint32_t* a,
-                                                uint64_t b) {
+__device__ __forceinline__ void wgmma(float (&sums)[kSums], const uint32_t* a, uint64_t b) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
 
   if constexpr (kSums == 8 && kHalf) {
-    asm volatile(
-        QN_WGMMA_REGISTERS("m64n16k16", "f16", QN_SUMS_TEXT_16, "%8, %9, %10, %11", "%12", "%13")
-        : QN_SUMS_8(0)
-        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(QN_WGMMA("m64n16k16", "f16", QN_SUMS_TEXT_16, "%8, %9, %10, %11", "%12", "%13")
+                 : QN_SUMS_8(0)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 8 && !kHalf) {
-    asm volatile(
-        QN_WGMMA_REGISTERS("m64n16k16", "bf16", QN_SUMS_TEXT_16, "%8, %9, %10, %11", "%12", "%13")
-        : QN_SUMS_8(0)
-        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(QN_WGMMA("m64n16k16", "bf16", QN_SUMS_TEXT_16, "%8, %9, %10, %11", "%12", "%13")
+                 : QN_SUMS_8(0)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 16 && kHalf) {
-    asm volatile(
-        QN_WGMMA_REGISTERS("m64n32k16", "f16", QN_SUMS_TEXT_32, "%16, %17, %18, %19", "%20", "%21")
-        : QN_SUMS_8(0), QN_SUMS_8(8)
-        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(QN_WGMMA("m64n32k16", "f16", QN_SUMS_TEXT_32, "%16, %17, %18, %19", "%20", "%21")
+                 : QN_SUMS_8(0), QN_SUMS_8(8)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 16 && !kHalf) {
-    asm volatile(
-        QN_WGMMA_REGISTERS("m64n32k16", "bf16", QN_SUMS_TEXT_32, "%16, %17, %18, %19", "%20", "%21")
-        : QN_SUMS_8(0), QN_SUMS_8(8)
-        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(QN_WGMMA("m64n32k16", "bf16", QN_SUMS_TEXT_32, "%16, %17, %18, %19", "%20", "%21")
+                 : QN_SUMS_8(0), QN_SUMS_8(8)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 32 && kHalf) {
-    asm volatile(
-        QN_WGMMA_REGISTERS("m64n64k16", "f16", QN_SUMS_TEXT_64, "%32, %33, %34, %35", "%36", "%37")
-        : QN_SUMS_32(0)
-        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(QN_WGMMA("m64n64k16", "f16", QN_SUMS_TEXT_64, "%32, %33, %34, %35", "%36", "%37")
+                 : QN_SUMS_32(0)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 32 && !kHalf) {
-    asm volatile(
-        QN_WGMMA_REGISTERS("m64n64k16", "bf16", QN_SUMS_TEXT_64, "%32, %33, %34, %35", "%36", "%37")
-        : QN_SUMS_32(0)
-        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(QN_WGMMA("m64n64k16", "bf16", QN_SUMS_TEXT_64, "%32, %33, %34, %35", "%36", "%37")
+                 : QN_SUMS_32(0)
+                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 64 && kHalf) {
-    asm volatile(QN_WGMMA_REGISTERS("m64n128k16", "f16", QN_SUMS_TEXT_128, "%64, %65, %66, %67",
-                                    "%68", "%69")
+    asm volatile(QN_WGMMA("m64n128k16", "f16", QN_SUMS_TEXT_128, "%64, %65, %66, %67", "%68", "%69")
                  : QN_SUMS_32(0), QN_SUMS_32(32)
                  : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 64 && !kHalf) {
-    asm volatile(QN_WGMMA_REGISTERS("m64n128k16", "bf16", QN_SUMS_TEXT_128, "%64, %65, %66, %67",
-                                    "%68", "%69")
-                 : QN_SUMS_32(0), QN_SUMS_32(32)
-                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(
+        QN_WGMMA("m64n128k16", "bf16", QN_SUMS_TEXT_128, "%64, %65, %66, %67", "%68", "%69")
+        : QN_SUMS_32(0), QN_SUMS_32(32)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 128 && kHalf) {
-    asm volatile(QN_WGMMA_REGISTERS("m64n256k16", "f16", QN_SUMS_TEXT_256, "%128, %129, %130, %131",
-                                    "%132", "%133")
-                 : QN_SUMS_32(0), QN_SUMS_32(32), QN_SUMS_32(64), QN_SUMS_32(96)
-                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(
+        QN_WGMMA("m64n256k16", "f16", QN_SUMS_TEXT_256, "%128, %129, %130, %131", "%132", "%133")
+        : QN_SUMS_32(0), QN_SUMS_32(32), QN_SUMS_32(64), QN_SUMS_32(96)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else if constexpr (kSums == 128 && !kHalf) {
-    asm volatile(QN_WGMMA_REGISTERS("m64n256k16", "bf16", QN_SUMS_TEXT_256,
-                                    "%128, %129, %130, %131", "%132", "%133")
-                 : QN_SUMS_32(0), QN_SUMS_32(32), QN_SUMS_32(64), QN_SUMS_32(96)
-                 : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
+    asm volatile(
+        QN_WGMMA("m64n256k16", "bf16", QN_SUMS_TEXT_256, "%128, %129, %130, %131", "%132", "%133")
+        : QN_SUMS_32(0), QN_SUMS_32(32), QN_SUMS_32(64), QN_SUMS_32(96)
+        : QN_REGISTERS_OF_A, "l"(b), "n"(kAdds));
   } else {
     static_assert(kSums == 8, "no instruction of this width here");
   }
 }
 
 #undef QN_REGISTERS_OF_A
-#undef QN_WGMMA_REGISTERS
+#undef QN_WGMMA
 #undef QN_SUMS_TEXT_16
 #undef QN_SUMS_TEXT_32
 #undef QN_SUMS_TEXT_64
 #undef QN_SUMS_TEXT_128
 #undef QN_SUMS_TEXT_256
-#undef QN_WGMMA
 #undef QN_SUMS_32
 #undef QN_SUMS_8
 

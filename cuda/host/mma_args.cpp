@@ -36,11 +36,14 @@ bool suits_tensor_cores(const MatrixView& activations, const QuantizedView& weig
   return false;
 }
 
+bool suits_tables(const Codebook& codebook, std::string* why_not) {
+  if (has_table_values(codebook)) return true;
+  *why_not = "the values of a custom codebook may lose accuracy in 16 bits";
+  return false;
+}
+
 bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not) {
-  if (!has_table_values(args.weight.codebook)) {
-    *why_not = "the values of a custom codebook may lose accuracy in 16 bits";
-    return false;
-  }
+  if (!suits_tables(args.weight.codebook, why_not)) return false;
   if (args.x.rows > max_rows) {
     *why_not = "x has " + std::to_string(args.x.rows) + " rows, it takes at most " +
                std::to_string(max_rows);

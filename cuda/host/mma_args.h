@@ -14,8 +14,10 @@ namespace qlora_native::cuda {
 bool suits_tensor_cores(const MatrixView& activations, const QuantizedView& weight,
                         std::string* why_not);
 
-/// The same for kernels whose tables hold 16-bit values times a scale: a named codebook, and at most `max_rows` rows
-/// of x.
+/// Whether tables hold the codebook's values in fewer bits without harm. If not, says why in `*why_not`.
+bool suits_tables(const Codebook& codebook, std::string* why_not);
+
+/// Both, and at most `max_rows` rows of x.
 bool supports_mma(const MatmulArgs& args, int64_t max_rows, std::string* why_not);
 
 }  // namespace qlora_native::cuda

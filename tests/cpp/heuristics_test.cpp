@@ -9,8 +9,7 @@
 #include <utility>
 
 #include "gemm/heuristics.h"
-#include "gemm/sm90a/forward/plan.h"
-#include "gemm/sm90a/transposed/plan.h"
+#include "gemm/sm90a/plan.h"
 #include "gemv/heuristics.h"
 #include "grouped/plan.h"
 #include "host/table_values.h"
@@ -213,18 +212,18 @@ TEST(GemmMmaPlan, ServesFewRowsOfX) {
   EXPECT_FALSE(gemm_mma_is_preferred(17));
 }
 
-TEST(GemmForwardPlan, SharesAreEvenAndCoverAllChunks) {
+TEST(GemmSm90aPlan, SharesAreEvenAndCoverAllChunks) {
   for (const int64_t processors : {1, 46, 132}) {
     for (const int64_t rows : {1, 16, 17, 33, 64, 65, 128, 129, 256, 257, 2048, 2049}) {
       for (const int64_t cols : {1, 128, 129, 1024, 4096, 14336, 28672}) {
         for (const int64_t depth : {1, 64, 256, 320, 4096, 14336}) {
-          const GemmForwardPlan plan = plan_gemm_forward({rows, cols, depth, processors});
+          const GemmSm90aPlan plan = plan_gemm_sm90a({rows, cols, depth, processors});
           EXPECT_GE(int64_t{plan.row_tiles} * plan.tile_rows, rows);
           EXPECT_LT(int64_t{plan.row_tiles - 1} * plan.tile_rows, rows);
-          EXPECT_GE(int64_t{plan.col_tiles} * kGemmForwardTileCols, cols);
-          EXPECT_LT(int64_t{plan.col_tiles - 1} * kGemmForwardTileCols, cols);
-          EXPECT_GE(int64_t{plan.chunks} * kGemmForwardChunk, depth);
-          EXPECT_LT(int64_t{plan.chunks - 1} * kGemmForwardChunk, depth);
+          EXPECT_GE(int64_t{plan.col_tiles} * kGemmSm90aTileCols, cols);
+          EXPECT_LT(int64_t{plan.col_tiles - 1} * kGemmSm90aTileCols, cols);
+          EXPECT_GE(int64_t{plan.chunks} * kGemmSm90aChunk, depth);
+          EXPECT_LT(int64_t{plan.chunks - 1} * kGemmSm90aChunk, depth);
           EXPECT_GE(plan.row_group, 1);
           EXPECT_LE(plan.grid, processors) << "all thread blocks run at a time";
           EXPECT_EQ(plan.first_chunk_of(0), 0);
@@ -241,78 +240,28 @@ TEST(GemmForwardPlan, SharesAreEvenAndCoverAllChunks) {
   }
 }
 
-TEST(GemmForwardPlan, KeepsFlagsAndSumsOfEveryThreadBlock) {
-  const GemmForwardPlan plan = plan_gemm_forward({64, 4096, 4096, 132});
+TEST(GemmSm90aPlan, KeepsFlagsAndSumsOfEveryThreadBlock) {
+  const GemmSm90aPlan plan = plan_gemm_sm90a({64, 4096, 4096, 132});
   EXPECT_EQ(plan.grid, 132);
-  EXPECT_EQ(gemm_forward_flag_bytes(plan), 132 * 8 * 8);
-  EXPECT_EQ(gemm_forward_flag_bytes(plan) % 16, 0) << "the sums are written by 16 bytes";
-  EXPECT_EQ(gemm_forward_workspace_bytes(plan) - gemm_forward_flag_bytes(plan), 132 * 64 * 128 * 4);
+  EXPECT_EQ(plan.flag_bytes(), 132 * 8 * 8);
+  EXPECT_EQ(plan.flag_bytes() % 16, 0) << "the sums are written by 16 bytes";
+  EXPECT_EQ(plan.workspace_bytes() - plan.flag_bytes(), 132 * 64 * 128 * 4);
 }
 
-TEST(GemmForwardPlan, BeatsDenseWhereDecodingOnceDoesNotPay) {
-  EXPECT_TRUE(gemm_forward_beats_dense(1024));
-  EXPECT_FALSE(gemm_forward_beats_dense(1025));
+TEST(GemmSm90aPlan, BeatsDenseWhereDecodingOnceDoesNotPay) {
+  EXPECT_TRUE(gemm_sm90a_beats_dense(1024));
+  EXPECT_FALSE(gemm_sm90a_beats_dense(1025));
 }
 
-TEST(GemmForwardPlan, IsPreferredWhereADenseProductWouldBeFasterStill) {
+TEST(GemmSm90aPlan, IsPreferredWhereADenseProductWouldBeFasterStill) {
   for (const int64_t depth : {64, 4096, 14336}) {
-    EXPECT_FALSE(gemm_forward_is_preferred(8, depth));
-    EXPECT_EQ(gemm_forward_is_preferred(9, depth), depth > 4096) << "gemm_mma would cut K";
-    EXPECT_EQ(gemm_forward_is_preferred(16, depth), depth > 4096);
+    EXPECT_FALSE(gemm_sm90a_is_preferred(8, depth));
+    EXPECT_EQ(gemm_sm90a_is_preferred(9, depth), depth > 4096) << "gemm_mma would cut K";
+    EXPECT_EQ(gemm_sm90a_is_preferred(16, depth), depth > 4096);
     for (const int64_t rows : {17, 1024, 1025, 1 << 20}) {
-      EXPECT_TRUE(gemm_forward_is_preferred(rows, depth));
+      EXPECT_TRUE(gemm_sm90a_is_preferred(rows, depth));
     }
   }
-}
-
-TEST(GemmTransposedPlan, CoversEveryTileAndAllOfTheDepth) {
-  for (const ClusterCounts& clusters : {kOneProcessor, kH200}) {
-    for (const int64_t rows : {1, 16, 17, 64, 65, 128, 129, 256, 257, 2048, 2049}) {
-      for (const int64_t cols : {1, 128, 129, 1024, 4096, 14336, 28672}) {
-        for (const int64_t depth : {1, 64, 128, 192, 4096, 14336}) {
-          const GemmTransposedPlan plan = plan_gemm_transposed({rows, cols, depth, clusters});
-          const int64_t col_tiles = (cols + kGemmTransposedTileCols - 1) / kGemmTransposedTileCols;
-          const int tiles_of_item = plan.split ? 1 : plan.cluster;
-          EXPECT_GE(int64_t{plan.col_items} * tiles_of_item, col_tiles);
-          EXPECT_LT(int64_t{plan.col_items - 1} * tiles_of_item, col_tiles);
-          EXPECT_GE(int64_t{plan.row_tiles} * plan.tile_rows, rows);
-          EXPECT_LT(int64_t{plan.row_tiles - 1} * plan.tile_rows, rows);
-          EXPECT_EQ(plan.items, plan.col_items * plan.row_tiles);
-          EXPECT_GE(int64_t{plan.steps} * kGemmTransposedStep, depth);
-          EXPECT_EQ(plan.steps % 2, 0);
-          EXPECT_GE(plan.row_group, 1);
-          EXPECT_GE(plan.clusters, 1);
-          EXPECT_LE(plan.clusters, plan.items);
-          if (plan.split) {
-            EXPECT_GE(plan.steps / 2, plan.cluster) << "no part is empty";
-            EXPECT_LE(plan.items, plan.clusters) << "sums lie where the next tile's stages would";
-          } else {
-            EXPECT_EQ(plan.cluster, plan.tile_rows == 256 ? 2 : 1);
-          }
-        }
-      }
-    }
-  }
-}
-
-TEST(GemmTransposedPlan, SplitsTheDepthAsFarAsClustersRunAtATime) {
-  const auto cluster = [](int64_t rows, int64_t cols) {
-    const GemmTransposedPlan plan = plan_gemm_transposed({rows, cols, 4096, kH200});
-    return plan.split ? plan.cluster : 0;
-  };
-  EXPECT_EQ(cluster(16, 1024), 8);
-  EXPECT_EQ(cluster(16, 3840), 4) << "30 tiles, 30 clusters of 4";
-  EXPECT_EQ(cluster(16, 4096), 3) << "32 tiles";
-  EXPECT_EQ(cluster(512, 4096), 2) << "64 tiles of 256 rows";
-  EXPECT_EQ(cluster(16, 14336), 0);
-}
-
-TEST(GemmTransposedPlan, BeatsDenseWhereDecodingOnceDoesNotPay) {
-  EXPECT_TRUE(gemm_transposed_beats_dense(9, int64_t{4096} * 4096));
-  EXPECT_TRUE(gemm_transposed_beats_dense(128, int64_t{4096} * 4096));
-  EXPECT_FALSE(gemm_transposed_beats_dense(129, int64_t{4096} * 4096));
-  EXPECT_TRUE(gemm_transposed_beats_dense(512, int64_t{14336} * 4096));
-  EXPECT_FALSE(gemm_transposed_beats_dense(513, int64_t{14336} * 4096));
 }
 
 /// What a table in `dtype` loses of the codebook's values, relative, root of the mean square.

@@ -69,7 +69,11 @@ void expect_accurate(const Product& p, const Reference& r, const std::vector<dou
         << i % static_cast<size_t>(p.columns());
   }
   if (p.dtype != DType::kFloat32 && actual.size() >= 64) {
-    EXPECT_LE(root_mean_square(actual, r.exact), 1.02 * root_mean_square(r.from_dtype, r.exact))
+    // Kernels that round some weights to the other neighbour have errors as large, but not the same. By simulation the
+    // ratio of both scatters by 0.47 / sqrt(outputs) then.
+    const double chance = 1.8 / std::sqrt(static_cast<double>(actual.size()));
+    EXPECT_LE(root_mean_square(actual, r.exact),
+              (1.01 + chance) * root_mean_square(r.from_dtype, r.exact))
         << "worse than dequantize_4bit followed by a product of rounded weights";
   }
 }

@@ -8,6 +8,7 @@
 #include "gemm/sm90a/out_tile.cuh"
 #include "host/kernel_args.h"
 #include "host/launch.h"
+#include "host/mma_args.h"
 #include "qlora_native/views.h"
 
 namespace qlora_native::cuda::sm90a {
@@ -51,6 +52,13 @@ inline bool fits(const MatrixView& activations, int64_t cols, std::string* why_n
     return false;
   }
   return true;
+}
+
+/// Whether the kernels take activations, a weight and a product with `cols` columns. If not, says why in `*why_not`.
+inline bool supports(const MatrixView& activations, const QuantizedView& weight, int64_t cols,
+                     std::string* why_not) {
+  return suits_tables(weight.codebook, why_not) &&
+         suits_tensor_cores(activations, weight, why_not) && fits(activations, cols, why_not);
 }
 
 /// Calls `visitor` with the tile's rows, one of kFirst and kOthers, as a constant.

@@ -48,41 +48,63 @@ constexpr int kMaxStagedRows = 32;
 /// What write_tile() needs of shared memory for a tile of `rows` rows.
 constexpr int staging_bytes(int rows) { return std::min(rows, kMaxStagedRows) * kPanelRowBytes; }
 
+/// Which columns of a panel the sums of a lane belong to, those of rows lane / 4 and lane / 4 + 8 of its warp's 16.
+enum class PanelOrder {
+  kEightApart,  ///< 16 * warp + lane / 4, and 8 further
+  kNeighbours,  ///< 32 * (warp / 2) + 4 * (lane / 4) + 2 * (warp % 2), and the next
+};
+
+/// Puts a warp's sums of 16 rows of the product, rounded, where they belong in rows of 64 columns, 128 bytes, at
+/// `staging`, swizzled like panels.
+template <class T, PanelOrder kOrder>
+__device__ __forceinline__ void stage_sums(uint32_t staging, int warp, int lane,
+                                           const float* sums) {
+  if constexpr (kOrder == PanelOrder::kEightApart) {
+    const int own_row = lane / 16 * 8 + lane % 8;  // of the four 8x8 matrices
+    const int own_piece = warp * 2 + lane / 8 % 2;
+    const uint32_t words[4] = {pack_pair<T>(sums[0], sums[1]), pack_pair<T>(sums[2], sums[3]),
+                               pack_pair<T>(sums[4], sums[5]), pack_pair<T>(sums[6], sums[7])};
+    store_matrix_x4_transposed(
+        staging + own_row * kPanelRowBytes + (own_piece ^ (own_row % 8)) * 16, words);
+  } else {
+    const int piece = warp / 2 * 4 + lane / 8;
+    const uint32_t in_piece = lane / 4 % 2 * 8 + warp % 2 * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane % 4 * 2 + i % 2;  // and 8 further
+      store_shared(staging + (row + i / 2 * 8) * kPanelRowBytes + (piece ^ row) * 16 + in_piece,
+                   pack_pair<T>(sums[i / 2 * 4 + i % 2], sums[i / 2 * 4 + i % 2 + 2]));
+    }
+  }
+}
+
 /// Adds the bias, rounds and writes 64 columns from `first_col` on and as many rows as there are sums, some at a
 /// time, by way of shared memory at `staging`. The warpgroup's threads call it; `barrier` is theirs.
-template <class T, int kHalves, int kSumsOfHalf>
+template <PanelOrder kOrder, class T, int kSums>
 __device__ __forceinline__ void write_tile(const OutMatrix<T>& out, int first_row, int first_col,
                                            uint32_t staging, int barrier, int thread,
-                                           float (&sums)[kHalves][kSumsOfHalf]) {
-  constexpr int kSums = kHalves * kSumsOfHalf;
+                                           float (&sums)[kSums]) {
   constexpr int kTokens = 2 * kSums;
   constexpr int kOutTokens = std::min(kTokens, kMaxStagedRows);
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
   if (out.bias != nullptr) {
-    const int col = first_col + warp * 16 + lane / 4;
+    constexpr bool kNear = kOrder == PanelOrder::kNeighbours;
+    const int col =
+        first_col + (kNear ? warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2 : warp * 16 + lane / 4);
+    const int next = col + (kNear ? 1 : 8);
     const float low = col < out.cols ? to_float(out.bias[col]) : 0.0f;
-    const float high = col + 8 < out.cols ? to_float(out.bias[col + 8]) : 0.0f;
+    const float high = next < out.cols ? to_float(out.bias[next]) : 0.0f;
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      sums[i / kSumsOfHalf][i % kSumsOfHalf] += i / 2 % 2 == 0 ? low : high;
-    }
+    for (int i = 0; i < kSums; ++i) sums[i] += i / 2 % 2 == 0 ? low : high;
   }
-  // Rows of 64 columns, 128 bytes, swizzled like panels.
-  const int own_row =
-      lane / 16 * 8 + lane % 8;  // of the four 8x8 matrices that are stored at a time
-  const int own_piece = warp * 2 + lane / 8 % 2;
 #pragma unroll
   for (int first = 0; first < kTokens; first += kOutTokens) {
     if (first_row + first >= out.rows) break;
 #pragma unroll
     for (int i = 0; i < kOutTokens / 16; ++i) {
-      const int at = (first / 16 + i) * 8;
-      const float* const part = sums[at / kSumsOfHalf] + at % kSumsOfHalf;
-      const uint32_t words[4] = {pack_pair<T>(part[0], part[1]), pack_pair<T>(part[2], part[3]),
-                                 pack_pair<T>(part[4], part[5]), pack_pair<T>(part[6], part[7])};
-      store_matrix_x4_transposed(
-          staging + (i * 16 + own_row) * kPanelRowBytes + (own_piece ^ (own_row % 8)) * 16, words);
+      stage_sums<T, kOrder>(staging + i * 16 * kPanelRowBytes, warp, lane,
+                            sums + (first / 16 + i) * 8);
     }
     sync_some(barrier, kWarpgroup);
     const int piece = thread % 8;

@@ -1,4 +1,4 @@
-#include "gemm/sm90a/forward/plan.h"
+#include "gemm/sm90a/plan.h"
 
 #include <algorithm>
 
@@ -15,8 +15,6 @@ constexpr int64_t kRowGroup = 8;
 /// Beyond it gemm_mma cuts K, and of more than eight rows the sums that then travel cost what it gains.
 constexpr int64_t kMaxDepthOfMma = int64_t{kGemmMmaShare} * kGemmMmaWarps;
 constexpr int64_t kMaxRowsBeforeDense = 1024;
-constexpr int64_t kFlagBytes = 8;
-constexpr int64_t kSumBytes = 4;
 
 int tile_rows_for(int64_t rows) {
   for (const int tile_rows : {16, 32, 64, 128}) {
@@ -27,12 +25,12 @@ int tile_rows_for(int64_t rows) {
 
 }  // namespace
 
-GemmForwardPlan plan_gemm_forward(const GemmForwardProblem& problem) {
-  GemmForwardPlan plan{};
+GemmSm90aPlan plan_gemm_sm90a(const GemmSm90aProblem& problem) {
+  GemmSm90aPlan plan{};
   plan.tile_rows = tile_rows_for(problem.rows);
   const int64_t row_tiles = ceil_div(problem.rows, plan.tile_rows);
-  const int64_t col_tiles = ceil_div(problem.cols, kGemmForwardTileCols);
-  const int64_t chunks = ceil_div(problem.depth, kGemmForwardChunk);
+  const int64_t col_tiles = ceil_div(problem.cols, kGemmSm90aTileCols);
+  const int64_t chunks = ceil_div(problem.depth, kGemmSm90aChunk);
   const int64_t total = row_tiles * col_tiles * chunks;
   const int64_t grid = std::max<int64_t>(std::min(total, problem.processors), 1);
   plan.col_tiles = static_cast<int>(col_tiles);
@@ -45,19 +43,10 @@ GemmForwardPlan plan_gemm_forward(const GemmForwardProblem& problem) {
   return plan;
 }
 
-int64_t gemm_forward_flag_bytes(const GemmForwardPlan& plan) {
-  return plan.grid * kGemmForwardOwners * kFlagBytes;
-}
-
-int64_t gemm_forward_workspace_bytes(const GemmForwardPlan& plan) {
-  return gemm_forward_flag_bytes(plan) +
-         int64_t{plan.grid} * plan.tile_rows * kGemmForwardTileCols * kSumBytes;
-}
-
-bool gemm_forward_is_preferred(int64_t rows, int64_t depth) {
+bool gemm_sm90a_is_preferred(int64_t rows, int64_t depth) {
   return rows > kGemmMmaTokens || (rows > 8 && depth > kMaxDepthOfMma);
 }
 
-bool gemm_forward_beats_dense(int64_t rows) { return rows <= kMaxRowsBeforeDense; }
+bool gemm_sm90a_beats_dense(int64_t rows) { return rows <= kMaxRowsBeforeDense; }
 
 }  // namespace qlora_native::cuda

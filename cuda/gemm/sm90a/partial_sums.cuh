@@ -1,11 +1,11 @@
-// How thread blocks of gemm_sm90a.cu that share a tile bring their sums together.
+// How thread blocks of kernel.cuh that share a tile bring their sums together.
 #pragma once
 
 #include <cstdint>
 
-#include "gemm/sm90a/forward/layout.cuh"
+#include "gemm/sm90a/layout.cuh"
 
-namespace qlora_native::cuda::sm90a::forward {
+namespace qlora_native::cuda::sm90a {
 
 template <class C>
 __device__ __forceinline__ float4* partial_sums_of(const Params<typename C::Elem>& p, int block,
@@ -55,4 +55,4 @@ __device__ __forceinline__ void take_sums(const Params<typename C::Elem>& p, int
   }
 }
 
-}  // namespace qlora_native::cuda::sm90a::forward
+}  // namespace qlora_native::cuda::sm90a

@@ -1,13 +1,13 @@
-// Copies of activations and codes for gemm_sm90a.cu, each started by one thread.
+// Copies of activations and codes for kernel.cuh, each started by one thread.
 #pragma once
 
 #include <cstdint>
 
 #include "device/mbarrier.cuh"
 #include "device/tensor_copy.cuh"
-#include "gemm/sm90a/forward/layout.cuh"
+#include "gemm/sm90a/layout.cuh"
 
-namespace qlora_native::cuda::sm90a::forward {
+namespace qlora_native::cuda::sm90a {
 
 template <class C>
 __device__ __forceinline__ void copy_boxes(const Params<typename C::Elem>& p,
@@ -35,10 +35,10 @@ __device__ __forceinline__ void copy_codes(const Params<typename C::Elem>& p,
       wait_barrier(shared.chunk_empty(slot), at.round() ^ 1);
       const uint32_t full = shared.chunk_full(slot);
       arrive_and_expect(full, kCodeBytes);
-      copy_box(shared.codes(slot), p.codes, (segment.first + chunk) * (kChunkSteps * kStep / 2),
-               segment.first_col, full);
+      const auto box = WeightBox::of<C>(segment, chunk);
+      copy_box(shared.codes(slot), p.codes, box.unit * (kUnit / 2), box.row, full);
     }
   }
 }
 
-}  // namespace qlora_native::cuda::sm90a::forward
+}  // namespace qlora_native::cuda::sm90a

@@ -1,4 +1,4 @@
-// What the parts of gemm_sm90a.cu agree on: sizes, where things lie in shared memory, the barriers, and which parts
+// What the parts of kernel.cuh agree on: sizes, where things lie in shared memory, the barriers, and which parts
 // of the product a thread block works on.
 #pragma once
 
@@ -11,48 +11,53 @@
 #include "device/mbarrier.cuh"
 #include "device/pair_table.cuh"
 #include "device/warp_reduce.cuh"
-#include "gemm/sm90a/forward/plan.h"
 #include "gemm/sm90a/operands.h"
 #include "gemm/sm90a/out_tile.cuh"
+#include "gemm/sm90a/plan.h"
 #include "host/table_values.h"
 
-namespace qlora_native::cuda::sm90a::forward {
+namespace qlora_native::cuda::sm90a {
 
-constexpr int kTileCols = kGemmForwardTileCols;
-constexpr int kStep = 64;  // elements of depth: a box of activations, a scale of every row
-constexpr int kChunkSteps = kGemmForwardChunk / kStep;
-constexpr int kCodeRowBytes = kGemmForwardChunk / 2;
-constexpr int kCodeBytes = kTileCols * kCodeRowBytes;
-constexpr int kPanels = 2;  // of 64 rows of W
+constexpr int kTileCols = kGemmSm90aTileCols;
+constexpr int kStep = 64;  // elements of depth: a box of activations
+constexpr int kChunkSteps = kGemmSm90aChunk / kStep;
+constexpr int kUnit = 64;  // weights of a row of W: they share a scale
+constexpr int kCodeBytes = kTileCols * kGemmSm90aChunk / 2;
+constexpr int kPanels = 2;  // of 64 columns of the product
 static_assert(kTileCols == kPanels * kPanelRows);
-constexpr int kOwners = kGemmForwardOwners;
+constexpr int kOwners = kGemmSm90aOwners;
 static_assert(kOwners == kPanels * kWarpgroup / kWarpSize);
 constexpr int kScaleThreads = 2 * kWarpSize;
 constexpr int kAlignment = 1024;
 constexpr int kTableAt = 65536;  // in the window of shared memory
 
-template <class T, int kTokensOfTile, bool kDoubleQuantized>
+template <class T, int kTokensOfTile, bool kDoubleQuantized, bool kTransposedWeight>
 struct Config {
   using Elem = T;
   static constexpr bool kDoubleQuant = kDoubleQuantized;
+  static constexpr bool kTransposed = kTransposedWeight;
   static constexpr int kTokens = kTokensOfTile;
-  /// Few rows: the sums of a step are multiplied by the scales. Many: the weights are.
-  static constexpr bool kScalesWeights = kTokens >= 128;
-  static constexpr int kTeams = kScalesWeights ? 1 : 2;  // each has every other step
+  /// The weights are multiplied by the scales, or the sums of a step are: where they share them.
+  static constexpr bool kScalesWeights = kTransposed || kTokens >= 128;
+  static constexpr int kTeams = kTokens >= 128 ? 1 : 2;  // with two, each has every other step
   static constexpr int kMultipliers = kTeams * kPanels;  // warpgroups
   static constexpr int kThreads = (kMultipliers + 1) * kWarpgroup;
-  static constexpr int kMultiplierRegisters = kScalesWeights ? (kTokens == 256 ? 216 : 208) : 104;
-  static constexpr int kCopierRegisters = kScalesWeights ? (kTokens == 256 ? 72 : 88) : 64;
+  static constexpr int kMultiplierRegisters = kTeams == 1 ? (kTokens == 256 ? 216 : 208) : 104;
+  static constexpr int kCopierRegisters = kTeams == 1 ? (kTokens == 256 ? 72 : 88) : 64;
   /// What a thread has at the start: setmaxnreg deals out no more.
   static constexpr int kEvenRegisters = kTeams == 1 ? 168 : 96;
   static_assert(kMultipliers * kMultiplierRegisters + kCopierRegisters ==
                 (kMultipliers + 1) * kEvenRegisters);
+  // A chunk of W: rows of codes, and scales.
+  static constexpr int kWeightRows = kTransposed ? kGemmSm90aChunk : kTileCols;
+  static constexpr int kWeightUnits = (kTransposed ? kTileCols : kGemmSm90aChunk) / kUnit;
+  static constexpr int kCodeRowBytes = kWeightUnits * kUnit / 2;
+  static_assert(kWeightRows * kCodeRowBytes == kCodeBytes);
+  static constexpr int kScaleBytes = kWeightRows * kWeightUnits * 4;
   static constexpr int kSums = kTokens / 2;
-  using Sums = float[1][kSums];
   static constexpr int kBoxBytes = kTokens * kPanelRowBytes;
   static constexpr int kBoxes = kTokens == 256 ? 3 : kTokens == 128 ? 4 : 8;
   static constexpr int kChunks = kTokens == 256 ? 2 : 4;
-  static constexpr int kScaleBytes = kTileCols * kChunkSteps * (kScalesWeights ? 8 : 4);
   static constexpr int kOutBytes = staging_bytes(kTokens);
   // Before the table: barriers, map, staging, scales, some of the boxes. Behind it: chunks, the other boxes.
   static constexpr int kMapAt = 256;
@@ -78,8 +83,8 @@ struct Params {
   OutMatrix<T> out;
   int weight_rows;
   int weight_units;      ///< of 64 elements, of a row of W
-  bool scales_are_wide;  ///< those of a chunk's row can be loaded at once
-  GemmForwardPlan plan;
+  bool scales_are_wide;  ///< those of a row of a chunk can be loaded at once
+  GemmSm90aPlan plan;
   float4* partial_sums;  ///< [grid, kSums / 4, kOwners, 32]
   uint64_t* flags;       ///< [grid, kOwners]
   uint64_t ready;        ///< what a flag is while its sums are there; no other launch has the same
@@ -88,7 +93,7 @@ struct Params {
 /// A thread block's work: segments of tiles, one after another.
 class Segments {
  public:
-  __device__ __forceinline__ Segments(const GemmForwardPlan& plan, int block)
+  __device__ __forceinline__ Segments(const GemmSm90aPlan& plan, int block)
       : plan_(plan), at_(plan.first_chunk_of(block)), end_(plan.first_chunk_of(block + 1)) {}
 
   __device__ __forceinline__ bool next() {
@@ -110,9 +115,22 @@ class Segments {
   int first_col;
 
  private:
-  const GemmForwardPlan& plan_;
+  const GemmSm90aPlan& plan_;
   int at_;
   int end_;
+};
+
+/// Where a chunk of a segment lies in W.
+struct WeightBox {
+  int row;
+  int unit;
+
+  template <class C>
+  __device__ __forceinline__ static WeightBox of(const Segments& segment, int chunk) {
+    const int depth = (segment.first + chunk) * kGemmSm90aChunk;
+    return C::kTransposed ? WeightBox{depth, segment.first_col / kUnit}
+                          : WeightBox{segment.first_col, depth / kUnit};
+  }
 };
 
 /// The barriers, and where things lie in shared memory.
@@ -150,4 +168,4 @@ struct Shared {
   }
 };
 
-}  // namespace qlora_native::cuda::sm90a::forward
+}  // namespace qlora_native::cuda::sm90a
