@@ -67,10 +67,12 @@ TEST(LargeMatmul, IsAccurateInEveryTileOfEveryKernel) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";
   // How gemm_sm80 cuts them for 132 processors: wide tiles, whole; a few more of them than processors, cut; narrow
   // ones, cut; tiles of 64 rows and of 32, cut, two thread blocks on a processor and one; tiles of 32, whole, two on some.
-  // The last one has more tiles above each other than gemm_sm90a works on in turn.
-  const int64_t shapes[][3] = {{520, 4120, 192}, {300, 11300, 1408}, {650, 320, 2112},
-                               {61, 4104, 3136}, {61, 1032, 2112},   {29, 4104, 2112},
-                               {29, 1032, 2112}, {29, 17100, 192},   {2309, 136, 192}};
+  // The last but two has more tiles above each other than gemm_sm90a works on in turn. In the last two, for dX and
+  // forward, it loads the scales of several units at a time for more than a chunk.
+  const int64_t shapes[][3] = {{520, 4120, 192},  {300, 11300, 1408}, {650, 320, 2112},
+                               {61, 4104, 3136},  {61, 1032, 2112},   {29, 4104, 2112},
+                               {29, 1032, 2112},  {29, 17100, 192},   {2309, 136, 192},
+                               {200, 3072, 1344}, {60, 1150, 5120}};
   uint32_t seed = 40;
   for (const auto& [m, cols, depth] : shapes) {
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
