@@ -17,7 +17,6 @@ set(QLORA_NATIVE_CUDA_SOURCES
   cuda/grouped/grouped_matmul_mma.cu
   cuda/grouped/grouped_matmul_simt.cu
   cuda/grouped/plan.cpp
-  cuda/host/cluster_occupancy.cu
   cuda/host/compiled_architecture.cu
   cuda/host/device_info.cpp
   cuda/host/error.cpp

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "device/shared_memory.cuh"
-
 namespace qlora_native::cuda {
 
 /// A barrier of all threads of the cluster: what they wrote to shared memory is seen after it. For
@@ -18,12 +16,6 @@ __device__ __forceinline__ void cluster_sync(int cluster_size) {
   }
 }
 
-/// The same for clusters of more than one thread block, by warps that have come different ways.
-__device__ __forceinline__ void cluster_sync_of_any() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
 /// Four floats of the cluster's thread block `rank`, at the address they have in this one, a multiple
 /// of 16.
 __device__ __forceinline__ float4 load_cluster4(uint32_t address, int rank) {
@@ -35,16 +27,6 @@ __device__ __forceinline__ float4 load_cluster4(uint32_t address, int rank) {
       : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
       : "r"(address), "r"(rank)
       : "memory");
-  return value;
-}
-
-/// Reads shared memory of the cluster's thread block `rank`, at the address it has in this one.
-__device__ __forceinline__ float load_cluster(uint32_t address, int rank, int cluster_size) {
-  if (cluster_size == 1) return load_shared(address);
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
   return value;
 }
 

@@ -170,10 +170,6 @@ TEST(GemvMmaPlan, UsesEveryProcessorOnceWhereThereIsWork) {
   EXPECT_EQ(plan_gemv_mma({1, 8, 4096, 132}).grid, 2);
 }
 
-/// What the driver says of an H200: 132 processors, in GPCs of different sizes.
-constexpr ClusterCounts kH200{.of = {0, 132, 66, 39, 30, 22, 17, 15, 15}};
-constexpr ClusterCounts kOneProcessor{.of = {0, 1}};
-
 TEST(GemmMmaPlan, CoversEveryTileAndAllOfK) {
   for (const int64_t processors : {1, 46, 132}) {
     for (const int64_t n : {1, 16, 17, 1024, 4096, 14336, 128256}) {

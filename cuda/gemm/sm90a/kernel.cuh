@@ -40,7 +40,6 @@
 #include "gemm/sm90a/plan.h"
 #include "gemm/sm90a/scaled_values.cuh"
 #include "gemm/sm90a/scales.cuh"
-#include "host/cluster_occupancy.h"
 #include "host/device_info.h"
 #include "host/kernel_args.h"
 #include "host/launch.h"
@@ -142,8 +141,8 @@ struct Operands {
 };
 
 inline GemmSm90aPlan plan_of(const Operands& args) {
-  return plan_gemm_sm90a({args.out.rows, args.out.cols, args.activations.cols,
-                          cluster_counts(args.weight.device).of[1]});
+  return plan_gemm_sm90a(
+      {args.out.rows, args.out.cols, args.activations.cols, processor_count(args.weight.device)});
 }
 
 /// Whether the scales of `units` units that lie in one row of W from a multiple of `units` on can be loaded at once.
