@@ -250,7 +250,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quant-type", choices=["nf4", "fp4", "int4"], default="nf4")
     add("--block-size", type=int, default=64)
     add("--threads", type=int, help="CPU threads (default: torch's)")
-    add("--rounds", type=int, help="most rounds (default: 200, quick 50)")
+    add("--rounds", type=int, help="most rounds (default: 100, quick 30)")
     add("--budget", type=float, help="seconds a problem (default: 5, quick 2)")
     add("--json", type=Path, metavar="FILE", help="write the records here")
     add("--save", action="store_true", help="write them to bench/results/<machine>.json")
@@ -267,7 +267,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if shape[0] * shape[1] % options.block_size:
             parser.error(f"shape {shape} is not a whole number of blocks of {options.block_size}")
     options.m = options.m or ROWS[options.quick]
-    options.rounds = options.rounds or (50 if options.quick else 200)
+    options.rounds = options.rounds or (30 if options.quick else 100)
     options.budget = options.budget or (2.0 if options.quick else 5.0)
     return options
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "device/grid_dependency.cuh"
+#include "device/grid_flag.cuh"
 #include "device/shared_memory.cuh"
 #include "device/vec_load.cuh"
 #include "gemm/gemm_mma_layout.cuh"
@@ -41,13 +42,7 @@ __device__ __forceinline__ void write_pass(const GemmMmaParams<T>& p, const Pass
   };
   if (pass.slab == 0 && plan.slabs > 1) {
     for (int other = 1 + thread; other < plan.slabs; other += kThreads) {
-      uint64_t value;
-      do {
-        asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
-                     : "=l"(value)
-                     : "l"(flag(other))
-                     : "memory");
-      } while (value != p.ready);
+      await_flag(flag(other), p.ready);
       *flag(other) = 0;  // a replay of a CUDA graph waits for the same number again
     }
     __syncthreads();
@@ -92,10 +87,7 @@ __device__ __forceinline__ void write_pass(const GemmMmaParams<T>& p, const Pass
   }
   if (pass.slab > 0) __threadfence();
   __syncthreads();
-  if (pass.slab > 0 && thread == 0) {
-    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag(pass.slab)), "l"(p.ready)
-                 : "memory");
-  }
+  if (pass.slab > 0 && thread == 0) set_flag(flag(pass.slab), p.ready);
 }
 
 }  // namespace qlora_native::cuda::gemm_mma_kernels

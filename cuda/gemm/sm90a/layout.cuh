@@ -87,7 +87,7 @@ struct Params {
   GemmSm90aPlan plan;
   float4* partial_sums;  ///< [grid, kSums / 4, kOwners, 32]
   uint64_t* flags;       ///< [grid, kOwners]
-  uint64_t ready;        ///< what a flag is while its sums are there; no other launch has the same
+  uint64_t ready;        ///< what a flag is while its sums are there
 };
 
 /// A thread block's work: segments of tiles, one after another.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "device/grid_flag.cuh"
 #include "gemm/sm90a/layout.cuh"
 
 namespace qlora_native::cuda::sm90a {
@@ -26,11 +27,7 @@ __device__ __forceinline__ void give_sums(const Params<typename C::Elem>& p, int
   }
   __threadfence();
   __syncwarp();
-  if (lane == 0) {
-    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p.flags + block * kOwners + warp),
-                 "l"(p.ready)
-                 : "memory");
-  }
+  if (lane == 0) set_flag(p.flags + block * kOwners + warp, p.ready);
 }
 
 /// Adds what thread block `block` has given.
@@ -38,12 +35,9 @@ template <class C>
 __device__ __forceinline__ void take_sums(const Params<typename C::Elem>& p, int block, int warp,
                                           int lane, float (&sums)[C::kSums]) {
   uint64_t* const flag = p.flags + block * kOwners + warp;
-  uint64_t value;
-  do {
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
-  } while (value != p.ready);
+  await_flag(flag, p.ready);
   __syncwarp();
-  if (lane == 0) *flag = 0;
+  if (lane == 0) *flag = 0;  // a replay of a CUDA graph waits for the same number again
   const float4* const source = partial_sums_of<C>(p, block, warp, lane);
 #pragma unroll
   for (int i = 0; i < C::kSums / 4; ++i) {
