@@ -20,7 +20,7 @@ bool supports_gemm_transposed_sm90a(const MatmulTransposedArgs& args, std::strin
 }
 
 bool dense_beats_gemm_transposed_sm90a(const MatmulTransposedArgs& args) {
-  return !gemm_sm90a_beats_dense(args.dy.rows);
+  return !gemm_transposed_sm90a_beats_dense(args.dy.rows);
 }
 
 int64_t gemm_transposed_sm90a_workspace_bytes(const MatmulTransposedArgs& args) {

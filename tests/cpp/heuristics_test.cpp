@@ -263,6 +263,8 @@ TEST(GemmSm90aPlan, CutsAllTilesAlikeWhereThatCostsLittle) {
 TEST(GemmSm90aPlan, BeatsDenseWhereDecodingOnceDoesNotPay) {
   EXPECT_TRUE(gemm_sm90a_beats_dense(1024));
   EXPECT_FALSE(gemm_sm90a_beats_dense(1025));
+  EXPECT_TRUE(gemm_transposed_sm90a_beats_dense(768));
+  EXPECT_FALSE(gemm_transposed_sm90a_beats_dense(769));
 }
 
 TEST(GemmSm90aPlan, IsPreferredWhereADenseProductWouldBeFasterStill) {

@@ -22,8 +22,8 @@
 // waits for blocks with larger numbers, that begin with their part of that tile and wait for none before: two
 // processors suffice for an end.
 //
-// Bound: tensor cores, 4 * kTokens clocks a step; shared memory, 300 + 3 * kTokens; where weights are scaled, 270 of
-// the pipe of byte permutations and conversions.
+// Bound: tensor cores, 4 * kTokens clocks a step; shared memory, 300 + 3 * kTokens; where weights are scaled, 340 to
+// issue instructions.
 #pragma once
 
 #include <algorithm>

@@ -15,6 +15,7 @@ constexpr int64_t kRowGroup = 8;
 /// Beyond it gemm_mma cuts K, and of more than eight rows the sums that then travel cost what it gains.
 constexpr int64_t kMaxDepthOfMma = int64_t{kGemmMmaShare} * kGemmMmaWarps;
 constexpr int64_t kMaxRowsBeforeDense = 1024;
+constexpr int64_t kMaxTransposedRowsBeforeDense = 768;
 
 int tile_rows_for(int64_t rows) {
   for (const int tile_rows : {16, 32, 64, 128}) {
@@ -63,5 +64,9 @@ bool gemm_sm90a_is_preferred(int64_t rows, int64_t depth) {
 }
 
 bool gemm_sm90a_beats_dense(int64_t rows) { return rows <= kMaxRowsBeforeDense; }
+
+bool gemm_transposed_sm90a_beats_dense(int64_t rows) {
+  return rows <= kMaxTransposedRowsBeforeDense;
+}
 
 }  // namespace qlora_native::cuda

@@ -19,8 +19,8 @@ inline constexpr int kGemmSm90aChunk = 256;
 inline constexpr int kGemmSm90aOwners = 8;  ///< warps that hold the sums of a tile
 
 /// Passed to the kernel as it is. A tile is 128 columns of out by `tile_rows` of its rows, and takes `chunks` chunks
-/// of depth. Thread blocks have even shares of all chunks, one tile's after another's: where a share ends inside
-/// of a tile, the next thread blocks give their sums to the one that began it.
+/// of depth. Thread blocks have even shares of all chunks, one tile's after another's, if possible the same part of every
+/// tile: where a share ends inside of a tile, the next thread blocks give their sums to the one that began it.
 struct GemmSm90aPlan {
   int tile_rows;  ///< 16, 32, 64, 128 or 256
   int col_tiles;
@@ -49,7 +49,8 @@ GemmSm90aPlan plan_gemm_sm90a(const GemmSm90aProblem& problem);
 /// first product.
 bool gemm_sm90a_is_preferred(int64_t rows, int64_t depth);
 
-/// Whether it beats decoding the weight and a dense product (bench/NOTES.md).
+/// Whether a forward product, and a transposed one, beats decoding the weight and a dense product (bench/NOTES.md).
 bool gemm_sm90a_beats_dense(int64_t rows);
+bool gemm_transposed_sm90a_beats_dense(int64_t rows);
 
 }  // namespace qlora_native::cuda
