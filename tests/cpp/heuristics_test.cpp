@@ -137,7 +137,7 @@ TEST(GemvMmaPlan, GivesEveryRowAndAllOfKToWarps) {
     for (const int64_t m : {1, 2}) {
       for (const int64_t n : {1, 3, 4, 5, 31, 4096, 14336, 128256}) {
         for (const int64_t k : {64, 1024, 1088, 4096, 11008, 14336, 28672, 131072}) {
-          const GemvMmaPlan plan = plan_gemv_mma({n, k, processors});
+          const GemvMmaPlan plan = plan_gemv_mma({m, n, k, processors});
           const int64_t quads = plan.grid * plan.quads_per_block + plan.blocks_with_more;
           EXPECT_EQ(quads, (n + kGemvMmaQuad - 1) / kGemvMmaQuad) << "N=" << n;
           EXPECT_LT(plan.blocks_with_more, plan.grid);
