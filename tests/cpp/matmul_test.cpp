@@ -164,7 +164,7 @@ TEST_P(Matmul, BFloat16OfEveryCut) {
                                {70, 576, 1024}, {12, 1984, 2048}, {1304, 64, 64}, {72, 2112, 128}};
   for (const auto& [rows, cols, block_size] : shapes) {
     const WeightSpec weight{rows, cols, block_size, kNF4, seed % 2 == 0};
-    for (const int64_t m : {1, 5, 16, 33, 65}) {
+    for (const int64_t m : {1, 5, 16, 29, 33, 65}) {
       expect_every_kernel_accurate({weight, m, DType::kBFloat16, transposed()}, ++seed);
     }
   }

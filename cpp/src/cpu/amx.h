@@ -108,18 +108,21 @@ struct Sums {
   int64_t row;
 };
 
-// Tiles 0 to 3 are kRows x kCols sums, 4 and 5 are of A, 6 and 7 of B.
+// Tiles 0 to 3 are kRows x kCols sums, at most 2 x 2 or 1 x 3, 4 and 5 are of A, 6 and 7 of B; of three columns 5
+// has the last.
 
 template <int kRows, int kCols>
 void clear_sums() {
+  static_assert((kRows <= 2 && kCols <= 2) || (kRows == 1 && kCols == 3));
   tile_zero<0>();
-  if constexpr (kCols == 2) tile_zero<1>();
-  if constexpr (kRows == 2) tile_zero<2>();
+  if constexpr (kCols >= 2) tile_zero<1>();
+  if constexpr (kRows == 2 || kCols == 3) tile_zero<2>();
   if constexpr (kRows == 2 && kCols == 2) tile_zero<3>();
 }
 
 template <int kRows, int kCols>
 void load_sums(const Sums& sums) {
+  static_assert(kCols <= 2, "sums of three columns are stored once");
   tile_load<0>(sums.tiles);
   if constexpr (kCols == 2) tile_load<1>(sums.tiles + kSumsElems);
   if constexpr (kRows == 2) tile_load<2>(sums.tiles + sums.row);
@@ -129,7 +132,8 @@ void load_sums(const Sums& sums) {
 template <int kRows, int kCols>
 void store_sums(const Sums& sums) {
   tile_store<0>(sums.tiles);
-  if constexpr (kCols == 2) tile_store<1>(sums.tiles + kSumsElems);
+  if constexpr (kCols >= 2) tile_store<1>(sums.tiles + kSumsElems);
+  if constexpr (kCols == 3) tile_store<2>(sums.tiles + 2 * kSumsElems);
   if constexpr (kRows == 2) tile_store<2>(sums.tiles + sums.row);
   if constexpr (kRows == 2 && kCols == 2) tile_store<3>(sums.tiles + sums.row + kSumsElems);
 }
@@ -140,9 +144,13 @@ void multiply_step(const Strips& a, const Strips& b) {
   tile_load<4>(a.tiles);
   tile_load<6>(b.tiles);
   tile_multiply_bf16<0, 4, 6>();
-  if constexpr (kCols == 2) {
+  if constexpr (kCols >= 2) {
     tile_load<7>(b.tiles + b.strip);
     tile_multiply_bf16<1, 4, 7>();
+  }
+  if constexpr (kCols == 3) {
+    tile_load<5>(b.tiles + 2 * b.strip);
+    tile_multiply_bf16<2, 4, 5>();
   }
   if constexpr (kRows == 2) {
     tile_load<5>(a.tiles + a.strip);

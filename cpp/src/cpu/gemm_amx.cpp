@@ -22,8 +22,9 @@ constexpr int64_t kMaxPassRows = 512;  ///< rows of A whose sums a task keeps
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-/// Rows of X up to which W is decoded anew for every thirty-two of them, with the sums in registers.
-constexpr int64_t kMaxStreamingRows = 64;
+/// Rows of X up to which sums stay in registers along all of K. With a tile more X, read for every 16 rows of W, costs
+/// more than decoded panels of W that are written and read.
+constexpr int64_t kMaxStreamingRows = 3 * kGroup;
 /// A decoded panel takes at most 256 KiB: its share of a level 2 cache of 1 MiB.
 constexpr int64_t kMaxPanelColumns = 256;
 constexpr int64_t kPanelDepth = 512;
@@ -60,7 +61,7 @@ int64_t panel_columns(int64_t columns, int64_t least, int64_t most) {
 /// What both directions have in common; `plan` has a panel's columns.
 Plan with_sizes(Plan plan, int64_t m, int64_t columns, int64_t depth) {
   plan.m_groups = (m + kGroup - 1) / kGroup;
-  plan.pass_groups = std::min(plan.m_groups, plan.is_streaming ? 2 : kMaxPassRows / kGroup);
+  plan.pass_groups = std::min(plan.m_groups, plan.is_streaming ? 3 : kMaxPassRows / kGroup);
   plan.steps = round_up(std::max<int64_t>(depth, 1), kPieceDepth) / kStepDepth;
   if (!plan.is_streaming) plan.depth = std::min(plan.depth, plan.steps * kStepDepth);
   plan.panels = (columns + plan.panel_columns - 1) / plan.panel_columns;
@@ -166,18 +167,18 @@ void store_transposed_tile(const MatmulArgs& args, int64_t m0, int64_t n0, const
   }
 }
 
-/// Few rows of X: thirty-two rows of W, from n0 on, times kCols groups. The sums stay in registers
-/// along all of K. A piece of W is decoded while the one before is multiplied, in portions so small
-/// that the processor executes both at a time.
-template <int kCols>
+/// Few rows of X: kGroups groups of rows of W, from n0 on, times all kCols groups of X. The sums stay in
+/// registers along all of K. A piece of W is decoded while the one before is multiplied, in portions so small that the
+/// processor executes both at a time.
+template <int kGroups, int kCols>
 void multiply_streaming(const MatmulArgs& args, const Plan& plan, const Strips& x, const Part& part,
                         int64_t n0) {
-  constexpr int64_t kRows = 2 * kGroup;
+  constexpr int64_t kRows = kGroups * kGroup;
   constexpr int64_t kStrip = kPieceSteps * kTileElems;
   constexpr int64_t kPortion = kRows / kPieceSteps;  // rows that are decoded in a step
   const int64_t depth = plan.steps * kStepDepth;
   uint16_t* current = part.panel;
-  uint16_t* next = part.panel + 2 * kStrip;
+  uint16_t* next = part.panel + kGroups * kStrip;
   const auto decode = [&](int64_t portion, int64_t d0, uint16_t* tiles) {
     const int64_t r = portion * kPortion;
     decode_rows(args.weight, n0 + r, kPortion, d0, kPieceDepth, part.scales + r * kSegmentScales,
@@ -185,40 +186,40 @@ void multiply_streaming(const MatmulArgs& args, const Plan& plan, const Strips& 
   };
   decode_row_scales(args.weight, n0, kRows, 0, part.scales);
   for (int64_t portion = 0; portion < kPieceSteps; ++portion) decode(portion, 0, current);
-  clear_sums<2, kCols>();
+  clear_sums<kGroups, kCols>();
   for (int64_t d0 = 0; d0 < depth; d0 += kPieceDepth) {
     const int64_t next_d0 = d0 + kPieceDepth;
     if (next_d0 % kSegment == 0 && next_d0 < depth) {
       decode_row_scales(args.weight, n0, kRows, next_d0, part.scales);
     }
     for (int64_t step = 0; step < kPieceSteps; ++step) {
-      multiply_step<2, kCols>({current + step * kTileElems, kStrip, kTileElems},
-                              x.at_step(d0 / kStepDepth + step));
+      multiply_step<kGroups, kCols>({current + step * kTileElems, kStrip, kTileElems},
+                                    x.at_step(d0 / kStepDepth + step));
       if (next_d0 < depth) decode(step, next_d0, next);
     }
     std::swap(current, next);
   }
-  store_sums<2, kCols>({part.sums, kCols * kSumsElems});
+  store_sums<kGroups, kCols>({part.sums, kCols * kSumsElems});
+  for (int64_t i = 0; i < kGroups * kCols; ++i) {
+    const int64_t n = n0 + i / kCols * kGroup;
+    if (n < args.weight.rows) {
+      store_transposed_tile(args, i % kCols * kGroup, n, part.sums + i * kSumsElems);
+    }
+  }
 }
 
+/// W is decoded once, for all rows of X.
 void stream_panel(const MatmulArgs& args, const Plan& plan, const uint16_t* x, const Part& part,
                   int64_t panel) {
   const int64_t n0 = panel * plan.panel_columns;
   const Strips strips{x, plan.steps * kTileElems, kTileElems};
-  for (int64_t g = 0; g < plan.m_groups; g += 2) {
-    const bool is_pair = g + 1 < plan.m_groups;
-    if (is_pair) {
-      multiply_streaming<2>(args, plan, strips.from(g), part, n0);
-    } else {
-      multiply_streaming<1>(args, plan, strips.from(g), part, n0);
-    }
-    for (int64_t i = 0; i < (is_pair ? 4 : 2); ++i) {
-      const int64_t column = is_pair ? i % 2 : 0;
-      const int64_t n = n0 + (is_pair ? i / 2 : i) * kGroup;
-      if (n < args.weight.rows) {
-        store_transposed_tile(args, (g + column) * kGroup, n, part.sums + i * kSumsElems);
-      }
-    }
+  if (plan.m_groups == 1) {
+    multiply_streaming<2, 1>(args, plan, strips, part, n0);
+  } else if (plan.m_groups == 2) {
+    multiply_streaming<2, 2>(args, plan, strips, part, n0);
+  } else {
+    multiply_streaming<1, 3>(args, plan, strips, part, n0);
+    multiply_streaming<1, 3>(args, plan, strips, part, n0 + kGroup);
   }
 }
 
