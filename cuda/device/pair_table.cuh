@@ -26,8 +26,7 @@ __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
 /// the pair of `byte` for lane l lies at address + kStride * byte + 4 * l. All lanes read different
 /// banks, whatever their bytes. The 128 bytes after each entry are the kernel's own.
 ///
-/// Where the table is aligned to 64 KB in the window of shared memory, one byte permutation makes an
-/// address (`look_up`); elsewhere it makes an offset (`look_up_at`).
+/// The table is aligned to 64 KB in the window of shared memory: one byte permutation makes an address.
 struct PairTable {
   static constexpr uint32_t kStride = 256;
   static constexpr uint32_t kBytes = 256 * kStride;
@@ -62,14 +61,7 @@ struct PairTable {
     }
   }
 
-  /// The pair of byte 0..3 (a compile-time constant) of `word`. `lane_offset` is 4 * lane.
-  __device__ static __forceinline__ uint32_t look_up_at(const char* table, uint32_t lane_offset,
-                                                        uint32_t word, int byte) {
-    const uint32_t at = __byte_perm(word, lane_offset, 0x7704 | byte << 4);
-    return *reinterpret_cast<const uint32_t*>(table + at);
-  }
-
-  /// The same from a table that is aligned to 64 KB.
+  /// The pair of byte 0..3 (a compile-time constant) of `word`.
   __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte) const {
     const uint32_t at = __byte_perm(word, lane_address, 0x7604 | byte << 4);
     uint32_t pair;

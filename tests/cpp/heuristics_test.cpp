@@ -245,19 +245,20 @@ TEST(GemmSm90aPlan, KeepsFlagsAndSumsOfEveryThreadBlock) {
 }
 
 TEST(GemmSm90aPlan, CutsAllTilesAlikeWhereThatCostsLittle) {
-  const auto expect_shares = [](int64_t rows, int64_t cols, int64_t depth, int grid, int share) {
+  const auto expect_shares = [](int64_t rows, int64_t cols, int64_t depth, int grid, int share,
+                                int blocks_with_more) {
     const GemmSm90aPlan plan = plan_gemm_sm90a({rows, cols, depth, 132});
     EXPECT_EQ(plan.grid, grid) << rows << " x " << depth << " x " << cols;
     EXPECT_EQ(plan.share, share);
-    EXPECT_EQ(plan.blocks_with_more > 0,
-              plan.share * plan.grid < plan.row_tiles * plan.col_tiles * plan.chunks);
+    EXPECT_EQ(plan.blocks_with_more, blocks_with_more);
   };
-  expect_shares(256, 4096, 4096, 128, 4);     // 32 tiles of 16 chunks: 3.9 for each of 132
-  expect_shares(256, 4096, 14336, 128, 14);   // of 56: 13.6
-  expect_shares(1024, 4096, 14336, 128, 56);  // 128 whole ones: 54.3
-  expect_shares(4096, 4096, 4096, 128, 64);   // four whole ones each
-  expect_shares(256, 14336, 4096, 132, 13);  // 112 tiles: whole ones would leave 20 processors idle
-  expect_shares(16, 128, 1024, 4, 1);
+  expect_shares(256, 4096, 4096, 128, 4, 0);     // 32 tiles of 16 chunks: 3.9 for each of 132
+  expect_shares(256, 4096, 14336, 128, 14, 0);   // of 56: 13.6
+  expect_shares(1024, 4096, 14336, 128, 56, 0);  // 128 whole ones: 54.3
+  expect_shares(4096, 4096, 4096, 128, 64, 0);   // four whole ones each
+  expect_shares(256, 14336, 4096, 132, 13,
+                76);  // 112 tiles: whole ones would leave 20 processors idle
+  expect_shares(16, 128, 1024, 4, 1, 0);
 }
 
 TEST(GemmSm90aPlan, BeatsDenseWhereDecodingOnceDoesNotPay) {

@@ -33,8 +33,8 @@ struct LaneTable {
 };
 
 /// Forward: a lane's view of a chunk. Of a step it has two rows of its warp's 16, lane / 4 and lane / 4 + 8, and of every
-/// eight weights of them the pair lane % 4: a byte of each of the row's eight words, which
-/// the four lanes of a row all read. Reading bytes would take as long; two lanes read at a time what is the same.
+/// eight weights of them the pair lane % 4: a byte of each of the row's eight words, which the four lanes of a row
+/// all read, as single bytes would take as long.
 template <class C>
 struct ForwardFragments {
   using T = typename C::Elem;

@@ -11,7 +11,7 @@
 //   multipliers     one panel each. Up to 64 rows there are two teams of them with every other step each, so that
 //                   16 warps hide each other's latencies. Forward, values are looked up in 16 bits then, and the
 //                   sums of a step are multiplied by its scales. For more rows that takes registers that there are
-//                   not, and transposed the scales vary along the depth: values are looked up in fixed point,
+//                   not, and transposed the scales vary along the depth: values are looked up in more bits (ScaledValues),
 //                   scaled, and rounded once.
 //   copiers         two warps decode the scales, a thread brings codes and another one activations (tensor
 //                   copy engine)
@@ -26,11 +26,12 @@
 // issue instructions.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "device/grid_dependency.cuh"
+#include "device/mbarrier.cuh"
+#include "device/pair_table.cuh"
+#include "device/shared_memory.cuh"
 #include "device/warp_uniform.cuh"
 #include "device/warpgroup.cuh"
 #include "gemm/sm90a/copies.cuh"

@@ -66,8 +66,8 @@ struct Config {
   static constexpr int kBoxesAt = kScalesAt + kChunks * kScaleBytes;
   static constexpr int kBoxesBefore =
       std::min(kBoxes, (kTableAt - kAlignment - kBoxesAt) / kBoxBytes);
-  static constexpr uint32_t kChunksAt = PairTable::kBytes;  // from the table
-  static constexpr uint32_t kBoxesBehindAt = kChunksAt + kChunks * kCodeBytes;
+  static constexpr uint32_t kCodesAt = PairTable::kBytes;  // from the table
+  static constexpr uint32_t kBoxesBehindAt = kCodesAt + kChunks * kCodeBytes;
   static constexpr uint32_t kBehindEnd = kBoxesBehindAt + (kBoxes - kBoxesBefore) * kBoxBytes;
   static constexpr int kSharedBytes = kTableAt + kBehindEnd;
   static_assert(kSharedBytes <= kMaxSharedBytes);
@@ -144,7 +144,7 @@ struct Shared {
                : table + C::kBoxesBehindAt + (slot - C::kBoxesBefore) * C::kBoxBytes;
   }
   __device__ __forceinline__ uint32_t codes(int slot) const {
-    return table + C::kChunksAt + slot * kCodeBytes;
+    return table + C::kCodesAt + slot * kCodeBytes;
   }
   __device__ __forceinline__ uint32_t scales(int slot) const {
     return base + C::kScalesAt + slot * C::kScaleBytes;

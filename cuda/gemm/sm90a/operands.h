@@ -1,4 +1,4 @@
-// What the products on Hopper take, and how they see it. Host only.
+// What the products on Hopper take, and how they see it: the host's side.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "gemm/sm90a/out_tile.cuh"
+#include "gemm/sm90a/plan.h"
 #include "host/kernel_args.h"
 #include "host/launch.h"
 #include "host/mma_args.h"
@@ -27,8 +28,6 @@ inline int64_t row_stride_bytes(const MatrixView& activations) {
 /// Whether the kernels can number tiles, steps, rows and columns of the product with `cols` columns.
 inline bool fits(const MatrixView& activations, int64_t cols, std::string* why_not) {
   constexpr int64_t kSmallestTileRows = 16;
-  constexpr int64_t kTileCols = 128;
-  constexpr int64_t kChunk = 256;
   constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;
   if (activations.cols == 0) {
     *why_not = "there is nothing to sum";
@@ -42,10 +41,10 @@ inline bool fits(const MatrixView& activations, int64_t cols, std::string* why_n
   const bool is_large =
       activations.rows > kMaxExtent || cols > kMaxExtent || activations.cols > kMaxExtent;
   // Of factors up to 2^30 the first product cannot overflow.
-  const int64_t tiles = is_large
-                            ? kMaxExtent + 1
-                            : (activations.rows / kSmallestTileRows + 1) * (cols / kTileCols + 1);
-  if (tiles > kMaxExtent || tiles * (activations.cols / kChunk + 1) > kMaxExtent) {
+  const int64_t tiles =
+      is_large ? kMaxExtent + 1
+               : (activations.rows / kSmallestTileRows + 1) * (cols / kGemmSm90aTileCols + 1);
+  if (tiles > kMaxExtent || tiles * (activations.cols / kGemmSm90aChunk + 1) > kMaxExtent) {
     *why_not = "a product of " + std::to_string(activations.rows) + " x " +
                std::to_string(activations.cols) + " x " + std::to_string(cols) +
                " has more than 2^30 parts, rows or columns";

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "device/grid_dependency.cuh"
 #include "device/pair_table.cuh"
 #include "device/shared_memory.cuh"
 #include "device/vec_load.cuh"
@@ -93,8 +94,8 @@ __device__ __forceinline__ void write_tile(const OutMatrix<T>& out, int first_ro
     const int col =
         first_col + (kNear ? warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2 : warp * 16 + lane / 4);
     const int next = col + (kNear ? 1 : 8);
-    const float low = col < out.cols ? to_float(out.bias[col]) : 0.0f;
-    const float high = next < out.cols ? to_float(out.bias[next]) : 0.0f;
+    const float low = col < out.cols ? to_float(load_after_wait(out.bias + col)) : 0.0f;
+    const float high = next < out.cols ? to_float(load_after_wait(out.bias + next)) : 0.0f;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] += i / 2 % 2 == 0 ? low : high;
   }

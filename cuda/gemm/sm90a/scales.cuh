@@ -68,7 +68,7 @@ template <class C, bool kWide>
 __device__ __forceinline__ void decode_scales(const Params<typename C::Elem>& p,
                                               const Shared<C>& shared, int block, int thread) {
   constexpr int kRows = C::kWeightRows / kScaleThreads;
-  constexpr int kAhead = kWide ? 2 : 1;  // more registers than there are
+  constexpr int kAhead = kWide ? 2 : 1;  // two of narrow loads take registers that there are not
   const float offset = C::kDoubleQuant ? load_after_wait(p.scales.offset) : 0.0f;
   RingPosition<C::kChunks> at;
   for (Segments segment(p.plan, block); segment.next();) {
