@@ -59,14 +59,13 @@ bool prefers_gemm_mma(const MatmulArgs& args) { return gemm_mma_is_preferred(arg
 
 int64_t gemm_mma_workspace_bytes(const MatmulArgs& args) {
   const int64_t m = std::min(args.x.rows, int64_t{kGemmMmaTokens});
-  return gemm_mma_workspace_bytes(plan_of(args), m, args.weight.rows);
+  return plan_of(args).workspace_bytes(m);
 }
 
 void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream) {
   const QuantizedView& weight = args.weight;
   const DeviceGuard guard(weight.device.index);
-  // For the driver's function below (see gemm_sm90a).
-  QN_CUDA_TRY(cudaSetDevice(weight.device.index));
+  make_context_current(weight.device.index);
   const GemmMmaPlan plan = plan_of(args);
   const CUtensorMap codes = make_tensor_map({.data = weight.packed,
                                              .elem_bytes = 1,
@@ -94,8 +93,8 @@ void gemm_mma(const MatmulArgs& args, Workspace workspace, Stream stream) {
           .k_warps_inverse = (65536 + plan.k_warps - 1) / plan.k_warps,
           .packed = weight.packed,
           .plan = plan,
-          .partial_sums = reinterpret_cast<float*>(static_cast<char*>(workspace.data) +
-                                                   gemm_mma_flag_bytes(plan)),
+          .partial_sums =
+              reinterpret_cast<float*>(static_cast<char*>(workspace.data) + plan.flag_bytes()),
           .flags = static_cast<uint64_t*>(workspace.data),
           .ready = next_launch()};
       visit_bool(weight.absmax.is_double_quantized(), [&](auto double_quant) {

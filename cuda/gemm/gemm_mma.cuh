@@ -35,10 +35,10 @@
 #include "device/grid_dependency.cuh"
 #include "device/mbarrier.cuh"
 #include "device/mma.cuh"
+#include "device/pair_fragment.cuh"
 #include "device/pair_table.cuh"
 #include "device/shared_memory.cuh"
 #include "device/tensor_copy.cuh"
-#include "device/vec_load.cuh"
 #include "device/warp_reduce.cuh"
 #include "device/warp_ring.cuh"
 #include "device/warp_uniform.cuh"
@@ -229,11 +229,8 @@ __device__ __forceinline__ void multiply(const GemmMmaParams<T>& p) {
           const uint2 high_codes = load_shared2(at + 8 * kRowBytes);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const uint32_t low = j < 2 ? low_codes.x : low_codes.y;
-            const uint32_t high = j < 2 ? high_codes.x : high_codes.y;
-            const int byte = j % 2 * 2;
-            const uint32_t a[4] = {table.look_up(low, byte), table.look_up(high, byte),
-                                   table.look_up(low, byte + 1), table.look_up(high, byte + 1)};
+            uint32_t a[4];
+            look_up_fragment(table, low_codes, high_codes, j, a);
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
               const uint4 v = x[group][unit][j / 2];

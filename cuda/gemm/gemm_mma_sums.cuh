@@ -28,14 +28,14 @@ __device__ __forceinline__ void write_pass(const GemmMmaParams<T>& p, const Pass
   using Step = StepOf<kGroups>;
   const auto& plan = p.plan;
   const int rows = (pass.end_tile - pass.first_tile) * kTileRows;
-  const int cols = plan.first_tile_of(plan.parts) * kTileRows;  // of the partial sums
+  const int cols = plan.sums_cols();
   const int first_col = pass.first_tile * kTileRows;
   const auto partial_sums = [&](int of_slab, int token, int row) {
     return reinterpret_cast<float4*>(p.partial_sums +
                                      (static_cast<int64_t>(of_slab - 1) * p.m + token) * cols +
                                      first_col + row);
   };
-  const int passes = plan.tiles_per_part / kGemmMmaPassTiles + 1;
+  const int passes = plan.passes();
   const auto flag = [&](int of_slab) {
     return p.flags + (static_cast<int64_t>(of_slab - 1) * plan.parts + pass.part) * passes +
            pass.number;

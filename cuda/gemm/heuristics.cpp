@@ -12,9 +12,6 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
   return value / divisor + (value % divisor != 0);
 }
 
-constexpr int64_t kFlagBytes = 8;
-constexpr int64_t kAlignment = 16;
-
 }  // namespace
 
 GemmPlan plan_gemm(const GemmProblem& problem) {
@@ -39,16 +36,6 @@ GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem) {
   plan.k_warps = static_cast<int>(ceil_div(shares, slabs));
   plan.row_groups = kGemmMmaWarps / plan.k_warps;
   return plan;
-}
-
-int64_t gemm_mma_flag_bytes(const GemmMmaPlan& plan) {
-  const int64_t passes = plan.tiles_per_part / kGemmMmaPassTiles + 1;
-  return ceil_div((plan.slabs - 1) * plan.parts * passes * kFlagBytes, kAlignment) * kAlignment;
-}
-
-int64_t gemm_mma_workspace_bytes(const GemmMmaPlan& plan, int64_t m, int64_t n) {
-  const int64_t cols = ceil_div(n, int64_t{kGemmMmaTileRows}) * kGemmMmaTileRows;
-  return gemm_mma_flag_bytes(plan) + (plan.slabs - 1) * m * cols * int64_t{sizeof(float)};
 }
 
 bool gemm_mma_is_preferred(int64_t m) { return m <= kGemmMmaTokens; }

@@ -25,6 +25,14 @@ GemmPlan plan_gemm(const GemmProblem& problem);
 
 // ---- gemm_mma: tensor cores, 16 rows of x at a time ----
 
+inline constexpr int kGemmMmaTokens = 16;
+inline constexpr int kGemmMmaMaxRows = 64;  ///< in several launches
+inline constexpr int kGemmMmaWarps = 16;
+inline constexpr int kGemmMmaTileRows = 16;
+inline constexpr int kGemmMmaShare = 256;
+/// Tiles whose sums a thread block holds at a time.
+inline constexpr int kGemmMmaPassTiles = 32;
+
 struct GemmMmaProblem {
   int64_t n;
   int64_t k;  ///< a multiple of 64
@@ -47,22 +55,22 @@ struct GemmMmaPlan {
   constexpr int first_tile_of(int part) const {
     return part * tiles_per_part + (part < parts_with_more ? part : parts_with_more);
   }
+  /// Most of a part.
+  constexpr int passes() const { return tiles_per_part / kGemmMmaPassTiles + 1; }
+  /// Columns of the sums that slabs give each other: of whole tiles.
+  constexpr int sums_cols() const { return first_tile_of(parts) * kGemmMmaTileRows; }
+  /// What thread blocks of one part give each other their sums by: flags, then sums [slabs - 1, m, sums_cols()] for
+  /// m rows of x, at most kGemmMmaTokens.
+  constexpr int64_t flag_bytes() const {
+    const int64_t flags = int64_t{slabs - 1} * parts * passes();
+    return (flags + flags % 2) * 8;  // the sums begin at a multiple of 16
+  }
+  constexpr int64_t workspace_bytes(int64_t m) const {
+    return flag_bytes() + (slabs - 1) * m * sums_cols() * 4;
+  }
 };
 
-inline constexpr int kGemmMmaTokens = 16;
-inline constexpr int kGemmMmaMaxRows = 64;  ///< in several launches
-inline constexpr int kGemmMmaWarps = 16;
-inline constexpr int kGemmMmaTileRows = 16;
-inline constexpr int kGemmMmaShare = 256;
-/// Tiles whose sums a thread block holds at a time.
-inline constexpr int kGemmMmaPassTiles = 32;
-
 GemmMmaPlan plan_gemm_mma(const GemmMmaProblem& problem);
-
-/// What thread blocks of one part give each other their sums by: flags, then sums [slabs - 1, m, tiles * 16] for m rows
-/// of x, at most kGemmMmaTokens.
-int64_t gemm_mma_flag_bytes(const GemmMmaPlan& plan);
-int64_t gemm_mma_workspace_bytes(const GemmMmaPlan& plan, int64_t m, int64_t n);
 
 /// Whether it beats decoding the weight and a dense product (bench/NOTES.md). gemm_sm90a, where it runs, is
 /// asked before.

@@ -42,6 +42,7 @@
 #include "device/decode.cuh"
 #include "device/grid_dependency.cuh"
 #include "device/mma.cuh"
+#include "device/pair_fragment.cuh"
 #include "device/pair_table.cuh"
 #include "device/shared_memory.cuh"
 #include "device/vec_load.cuh"
@@ -289,9 +290,8 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if constexpr (kDoubleQuant) {
-          scale[half] = __fadd_rn(
-              __fmul_rn(load_shared(shared_base + raw[0][half].code * 4), raw[0][half].value),
-              offset);
+          scale[half] = decode_scale(load_shared(shared_base + raw[0][half].code * 4),
+                                     raw[0][half].value, offset);
         } else {
           scale[half] = raw[0][half].value;
         }
@@ -310,11 +310,8 @@ __device__ __forceinline__ void multiply(const GemvMmaParams<T>& p) {
         float sum[4] = {};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const uint32_t low = j < 2 ? low_codes.x : low_codes.y;
-          const uint32_t high = j < 2 ? high_codes.x : high_codes.y;
-          const int byte = j % 2 * 2;
-          const uint32_t a[4] = {table.look_up(low, byte), table.look_up(high, byte),
-                                 table.look_up(low, byte + 1), table.look_up(high, byte + 1)};
+          uint32_t a[4];
+          look_up_fragment(table, low_codes, high_codes, j, a);
           const uint4 v = x[run][j / 2];
           mma_m16n8k16<T>(sum, a, j % 2 == 0 ? v.x : v.z, j % 2 == 0 ? v.y : v.w, sum);
         }

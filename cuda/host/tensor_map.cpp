@@ -30,6 +30,8 @@ EncodeTiled encode_tiled() {
 
 }  // namespace
 
+void make_context_current(int device) { QN_CUDA_TRY(cudaSetDevice(device)); }
+
 CUtensorMap make_tensor_map(const TensorBox& box) {
   const cuuint64_t extents[] = {static_cast<cuuint64_t>(box.cols),
                                 static_cast<cuuint64_t>(box.rows)};

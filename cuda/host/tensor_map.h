@@ -18,6 +18,10 @@ struct TensorBox {
   int box_cols;          ///< box_cols * elem_bytes is 64 or 128, and as much is swizzled
 };
 
+/// Makes the device's context the thread's, which make_tensor_map() needs: the runtime leaves that to the thread's first
+/// launch where the device is the current one already.
+void make_context_current(int device);
+
 /// Throws CudaError when the driver refuses.
 CUtensorMap make_tensor_map(const TensorBox& box);
 

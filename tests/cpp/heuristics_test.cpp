@@ -191,15 +191,14 @@ TEST(GemmMmaPlan, CoversEveryTileAndAllOfK) {
 }
 
 TEST(GemmMmaPlan, SumsTravelOnlyWhereKIsCut) {
-  EXPECT_EQ(gemm_mma_workspace_bytes(plan_gemm_mma({14336, 4096, 132}), 16, 14336), 0);
+  EXPECT_EQ(plan_gemm_mma({14336, 4096, 132}).workspace_bytes(16), 0);
   const GemmMmaPlan plan = plan_gemm_mma({4096, 14336, 132});
   EXPECT_EQ(plan.slabs, 4);
   EXPECT_EQ(plan.parts, 33);
-  EXPECT_EQ(gemm_mma_flag_bytes(plan), 3 * 33 * 8 + 8) << "the sums are aligned to 16 bytes";
-  EXPECT_EQ(gemm_mma_workspace_bytes(plan, 16, 4096) - gemm_mma_flag_bytes(plan),
-            3 * 16 * 4096 * 4);
+  EXPECT_EQ(plan.flag_bytes(), 3 * 33 * 8 + 8) << "the sums are aligned to 16 bytes";
+  EXPECT_EQ(plan.workspace_bytes(16) - plan.flag_bytes(), 3 * 16 * 4096 * 4);
   const GemmMmaPlan long_plan = plan_gemm_mma({128256, 8192, 132});
-  EXPECT_GE(gemm_mma_flag_bytes(long_plan), 66 * 4 * 8) << "one for every pass of 32 tiles";
+  EXPECT_GE(long_plan.flag_bytes(), 66 * 4 * 8) << "one for every pass of 32 tiles";
 }
 
 TEST(GemmMmaPlan, ServesFewRowsOfX) {

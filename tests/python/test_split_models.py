@@ -62,11 +62,7 @@ def train(model, add_adapters, checkpointing=False):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # else the first gradient of A is 0
-            generator = torch.Generator().manual_seed(len(name))
-            values = torch.randn(parameter.shape, generator=generator) / 10
-            parameter.data.copy_(values)
-        elif "lora_A" in name:
+        if "lora_" in name:  # B too, else the first gradient of A is 0
             generator = torch.Generator().manual_seed(len(name))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 10)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -61,7 +61,8 @@ int64_t panel_columns(int64_t columns, int64_t least, int64_t most) {
 /// What both directions have in common; `plan` has a panel's columns.
 Plan with_sizes(Plan plan, int64_t m, int64_t columns, int64_t depth) {
   plan.m_groups = (m + kGroup - 1) / kGroup;
-  plan.pass_groups = std::min(plan.m_groups, plan.is_streaming ? 3 : kMaxPassRows / kGroup);
+  plan.pass_groups =
+      std::min(plan.m_groups, (plan.is_streaming ? kMaxStreamingRows : kMaxPassRows) / kGroup);
   plan.steps = round_up(std::max<int64_t>(depth, 1), kPieceDepth) / kStepDepth;
   if (!plan.is_streaming) plan.depth = std::min(plan.depth, plan.steps * kStepDepth);
   plan.panels = (columns + plan.panel_columns - 1) / plan.panel_columns;
@@ -167,18 +168,18 @@ void store_transposed_tile(const MatmulArgs& args, int64_t m0, int64_t n0, const
   }
 }
 
-/// Few rows of X: kGroups groups of rows of W, from n0 on, times all kCols groups of X. The sums stay in
+/// Few rows of X: kRowGroups groups of rows of W, from n0 on, times all kCols groups of X. The sums stay in
 /// registers along all of K. A piece of W is decoded while the one before is multiplied, in portions so small that the
 /// processor executes both at a time.
-template <int kGroups, int kCols>
+template <int kRowGroups, int kCols>
 void multiply_streaming(const MatmulArgs& args, const Plan& plan, const Strips& x, const Part& part,
                         int64_t n0) {
-  constexpr int64_t kRows = kGroups * kGroup;
+  constexpr int64_t kRows = kRowGroups * kGroup;
   constexpr int64_t kStrip = kPieceSteps * kTileElems;
   constexpr int64_t kPortion = kRows / kPieceSteps;  // rows that are decoded in a step
   const int64_t depth = plan.steps * kStepDepth;
   uint16_t* current = part.panel;
-  uint16_t* next = part.panel + kGroups * kStrip;
+  uint16_t* next = part.panel + kRowGroups * kStrip;
   const auto decode = [&](int64_t portion, int64_t d0, uint16_t* tiles) {
     const int64_t r = portion * kPortion;
     decode_rows(args.weight, n0 + r, kPortion, d0, kPieceDepth, part.scales + r * kSegmentScales,
@@ -186,21 +187,21 @@ void multiply_streaming(const MatmulArgs& args, const Plan& plan, const Strips& 
   };
   decode_row_scales(args.weight, n0, kRows, 0, part.scales);
   for (int64_t portion = 0; portion < kPieceSteps; ++portion) decode(portion, 0, current);
-  clear_sums<kGroups, kCols>();
+  clear_sums<kRowGroups, kCols>();
   for (int64_t d0 = 0; d0 < depth; d0 += kPieceDepth) {
     const int64_t next_d0 = d0 + kPieceDepth;
     if (next_d0 % kSegment == 0 && next_d0 < depth) {
       decode_row_scales(args.weight, n0, kRows, next_d0, part.scales);
     }
     for (int64_t step = 0; step < kPieceSteps; ++step) {
-      multiply_step<kGroups, kCols>({current + step * kTileElems, kStrip, kTileElems},
-                                    x.at_step(d0 / kStepDepth + step));
+      multiply_step<kRowGroups, kCols>({current + step * kTileElems, kStrip, kTileElems},
+                                       x.at_step(d0 / kStepDepth + step));
       if (next_d0 < depth) decode(step, next_d0, next);
     }
     std::swap(current, next);
   }
-  store_sums<kGroups, kCols>({part.sums, kCols * kSumsElems});
-  for (int64_t i = 0; i < kGroups * kCols; ++i) {
+  store_sums<kRowGroups, kCols>({part.sums, kCols * kSumsElems});
+  for (int64_t i = 0; i < kRowGroups * kCols; ++i) {
     const int64_t n = n0 + i / kCols * kGroup;
     if (n < args.weight.rows) {
       store_transposed_tile(args, i % kCols * kGroup, n, part.sums + i * kSumsElems);

@@ -157,9 +157,7 @@ template <bool kTransposed>
 void run(const char* name, const Operands& args, Workspace workspace, Stream stream) {
   const QuantizedView& weight = args.weight;
   const DeviceGuard guard(weight.device.index);
-  // The driver's function below needs the device's context to be the thread's, which the guard leaves to the
-  // thread's first launch where the device is the current one already.
-  QN_CUDA_TRY(cudaSetDevice(weight.device.index));
+  make_context_current(weight.device.index);
   const GemmSm90aPlan plan = plan_of(args);
   visit_16bit_dtype(args.out.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
